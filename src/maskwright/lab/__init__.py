@@ -1,0 +1,1 @@
+"""What claims share: offline data, small models, one training loop, paired verdicts. Imports no room."""
