@@ -1,0 +1,1 @@
+"""Mechanism only: tensors, masks, counts. Knows no model, no paper, no place."""
