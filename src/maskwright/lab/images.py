@@ -1,4 +1,4 @@
-"""Real images as tensors: digits and MNIST-5k from packages, Fashion-MNIST from Debian, photographs from scikit-image."""
+"""Real images as tensors: digits, MNIST-5k, Fashion-MNIST, and the photographs inside scikit-image."""
 
 from __future__ import annotations
 

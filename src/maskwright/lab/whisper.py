@@ -21,7 +21,7 @@ _VERSION = 6
 
 
 def read_ct2(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor of every variable in a CTranslate2 `model.bin`. Raises ValueError if it is not one of version 6."""
+    """Name -> tensor of every variable in a CTranslate2 `model.bin`. Raises ValueError for any other file."""
     found = {}
     try:
         with path.open("rb") as file:
