@@ -14,17 +14,9 @@ from torch import Tensor
 from maskwright.lab.sources import SourceMissing, fetch_debian, package_dir
 
 FASHION_MNIST = "dataset-fashion-mnist"
-_COLOUR = (
-    "astronaut.png",
-    "chelsea.png",
-    "coffee.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "motorcycle_left.png",
-)
-_COLOUR += ("motorcycle_right.png", "retina.jpg", "rocket.jpg")
-_GREY = ("brick.png", "camera.png", "cell.png", "clock_motion.png", "coins.png", "grass.png", "gravel.png")
-_GREY += ("moon.png", "page.png")
+_COLOUR = "astronaut.png chelsea.png coffee.png hubble_deep_field.jpg ihc.png motorcycle_left.png motorcycle_right.png "
+_COLOUR += "retina.jpg rocket.jpg"
+_GREY = "brick.png camera.png cell.png clock_motion.png coins.png grass.png gravel.png moon.png page.png"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +76,7 @@ def photos(*, grey: bool = False) -> dict[str, np.ndarray]:
     from PIL import Image
 
     inside = package_dir("skimage", "scikit-image") / "data"
-    paths = [inside / name for name in _COLOUR + (_GREY if grey else ())]
+    paths = [inside / name for name in f"{_COLOUR} {_GREY if grey else ''}".split()]
     paths += sorted((package_dir("sklearn", "scikit-learn") / "datasets" / "images").glob("*.jpg"))
     found = {}
     for path in paths:

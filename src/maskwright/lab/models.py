@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Mlp(nn.Sequential):
             raise ValueError(f"Mlp needs at least an input and an output size, not {tuple(sizes)}")
         with seeded(seed):
             layers: list[nn.Module] = [nn.Flatten()]
-            for index, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+            for index, (inputs, outputs) in enumerate(pairwise(sizes)):
                 layers += [activation()] if index else []
                 layers.append(nn.Linear(inputs, outputs))
         super().__init__(*layers)

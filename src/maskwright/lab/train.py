@@ -142,7 +142,7 @@ def _passes(x: Tensor, y: Tensor) -> Draw:
 
 
 def _optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, momentum: float) -> torch.optim.Optimizer:
-    known = {"sgd": {"momentum": momentum}, "adamw": {"betas": (momentum, 0.95)}}
+    known: dict[str, dict[str, Any]] = {"sgd": {"momentum": momentum}, "adamw": {"betas": (momentum, 0.95)}}
     if name not in known:
         raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(known)}")
     kind: Any = torch.optim.SGD if name == "sgd" else torch.optim.AdamW
