@@ -26,7 +26,23 @@ _WHERE = {
     "get": "core.method",
     "methods": "core.method",
 }
-__all__ = ["__version__", *_WHERE]
+__all__ = [
+    "Block",
+    "Group",
+    "Mask",
+    "MaskSet",
+    "NM",
+    "SoftMask",
+    "Unstructured",
+    "__version__",
+    "attach",
+    "bake",
+    "draw",
+    "get",
+    "methods",
+    "select",
+    "training",
+]
 
 if TYPE_CHECKING:
     from maskwright.core.mask import Mask, SoftMask

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import prod
+from math import fsum, prod
 
 import torch
 from torch import Tensor
@@ -49,7 +49,9 @@ class Budget:
         """Counts per group per site. Raises BadInput for a density outside [0, 1]."""
         if not 0 <= density <= 1:
             raise BadInput(f"density lies in [0, 1], got {density}")
-        return self.fn(sites, density)
+        # In the order of names, so that ties and remainders fall alike however the sites come in.
+        counts = self.fn({name: sites[name] for name in sorted(sites)}, density)
+        return {name: counts[name] for name in sites}
 
 
 def whole(density: float, units: int) -> int:
@@ -57,12 +59,18 @@ def whole(density: float, units: int) -> int:
     return round(Fraction(repr(float(density))) * units)
 
 
+def _share(what: str, share: float) -> float:
+    if not 0 <= share <= 1:
+        raise BadInput(f"{what}: a density lies in [0, 1], got {share}")
+    return share
+
+
 def _per_group(sites: Sites, densities: Mapping[str, float]) -> Counts:
     return {name: torch.full((u.groups,), whole(densities[name], u.units)) for name, u in sites.items()}
 
 
 def _spread(sites: Sites, densities: Mapping[str, float], target: int) -> Counts:
-    """Counts near densities whose total over all sites is exactly `target` (largest remainder, then site order).
+    """Counts near densities whose total over all sites is exactly `target` (largest remainder, then site name).
 
     Inside a site the groups share its count as evenly as whole numbers allow, lower groups first.
     """
@@ -94,13 +102,14 @@ def fixed(densities: Mapping[str, float]) -> Budget:
         odd = set(sites) ^ set(densities)
         if odd:
             raise BadInput(f"fixed budget and sites disagree on {', '.join(sorted(odd)[:3])}")
-        return _per_group(sites, densities)
+        return _per_group(sites, {name: _share(name, share) for name, share in densities.items()})
 
     return Budget(fn)
 
 
 def floor(inner: Budget, share: float) -> Budget:
     """Wrap a budget: no group keeps less than `share` of its units; the total may rise by what that costs."""
+    _share("floor", share)
 
     def fn(sites: Sites, density: float) -> Counts:
         counts = inner(sites, density)
@@ -110,21 +119,28 @@ def floor(inner: Budget, share: float) -> Budget:
 
 
 def erk_densities(
-    shapes: Mapping[str, tuple[int, ...]], density: float, *, power: float = 1.0, kernel: bool = True
+    shapes: Mapping[str, tuple[int, ...]],
+    density: float,
+    *,
+    power: float = 1.0,
+    kernel: bool = True,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Erdos-Renyi(-Kernel) densities: density_l = eps (sum of dims / product of dims)^power, capped at 1.
 
     RigL (arXiv 1911.11134) and SET (1707.04780). `kernel=False` uses the first two dims only (ER). Sites that
-    reach 1 are fixed there and eps is solved again, so the mean over entries is exactly `density`.
+    reach 1 are fixed there and eps is solved again, so the mean over entries (or over `sizes`, where units are
+    not entries) is exactly `density`. A site without entries has density 1.
     """
-    sizes = {name: prod(shape) for name, shape in shapes.items()}
-    dims = {name: shape if kernel else shape[:2] for name, shape in shapes.items()}
-    raw = {name: (sum(d) / prod(d)) ** power for name, d in dims.items()}
-    dense: set[str] = set()
+    sizes = sizes or {name: prod(shape) for name, shape in shapes.items()}
+    dims = {name: (shape if kernel else shape[:2]) or (1,) for name, shape in shapes.items()}
+    dense = {name for name in shapes if not sizes[name] or not prod(dims[name])}
+    raw = {name: (sum(d) / prod(d)) ** power for name, d in dims.items() if name not in dense}
     while len(dense) < len(shapes):
         free = [name for name in shapes if name not in dense]
-        budget = sum(density * sizes[n] for n in free) - sum((1 - density) * sizes[n] for n in dense)
-        eps = budget / sum(raw[n] * sizes[n] for n in free)
+        # fsum: the same eps to the last bit, however the sites come in
+        budget = fsum(density * sizes[n] for n in free) - fsum((1 - density) * sizes[n] for n in dense)
+        eps = budget / fsum(raw[n] * sizes[n] for n in free)
         largest = max(raw[n] for n in free)
         if eps * largest <= 1 + 1e-12:
             return {name: 1.0 if name in dense else min(1.0, eps * raw[name]) for name in shapes}
@@ -138,15 +154,19 @@ def _erk(sites: Sites, density: float, power: float, kernel: bool, given: Mappin
     missing = set(given) - set(sites)
     if missing:
         raise BadInput(f"no site named {', '.join(sorted(missing))}")
-    spent = sum(whole(d, sites[name].total) for name, d in given.items())
+    stated = {name: whole(_share(name, d), sites[name].total) for name, d in given.items()}
+    spent = sum(stated.values())
     free = {name: u.shape for name, u in sites.items() if name not in given}
     room = sum(sites[name].total for name in free)
     if not 0 <= target - spent <= room:
         raise BadInput(
-            f"the stated densities keep {spent} units of {total}, the budget is {target}: ask {spent / total:.4g} or more"
+            f"stated densities keep {spent} of {total} units, the budget is {target}: ask {spent / total:.4g} or more"
         )
-    solved = erk_densities(free, (target - spent) / room, power=power, kernel=kernel) if free else {}
-    return _spread(sites, {**solved, **given}, target)
+    # Weighted by units: with Group or Block patterns a unit is many entries, and not as many in every site.
+    sizes = {name: sites[name].total for name in free}
+    solved = erk_densities(free, (target - spent) / room if room else 1.0, power=power, kernel=kernel, sizes=sizes)
+    spread = _spread({name: sites[name] for name in free}, solved, target - spent)
+    return {**spread, **{name: _even(count, sites[name].groups) for name, count in stated.items()}}
 
 
 def er(power: float = 1.0) -> Budget:
@@ -227,7 +247,7 @@ def _global(sites: Sites, density: float) -> Counts:
         prefix = digit - 0x8000 if shift == 48 else (prefix << 16) | digit
         shift -= 16
     counts: Counts = {}
-    ties = target - above  # equal to the threshold and still to be kept: lower site, group and unit first
+    ties = target - above  # equal to the threshold and still to be kept: lower site name, group and unit first
     for name, u in sites.items():
         if not target:
             counts[name] = torch.zeros(u.groups, dtype=torch.int64)

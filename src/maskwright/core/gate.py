@@ -94,10 +94,15 @@ class Gated(nn.Module):
 def gated(owners: list[tuple[nn.Module, str]], mask: Mask, gate: Gate = hard) -> Iterator[Gated]:
     """Hang one gate on a parameter at every (module, attribute) that holds it; taken off again on leaving.
 
-    The Parameter object and its values are what they were (tied places share one gate).
+    The Parameter object, its values and its place in the module's order are what they were (tied places share
+    one gate), and parametrizations of other makers stay. Raises BadInput where the mask has another shape.
     """
-    slot = Gated(mask, gate).to(getattr(*owners[0]).device)
+    weight: Tensor = getattr(*owners[0])
+    if weight.shape != mask.keep.shape:
+        raise BadInput(f"{owners[0][1]}: mask of shape {mask.shape} on a weight of shape {tuple(weight.shape)}")
+    slot = Gated(mask, gate).to(weight.device)
     done: list[tuple[nn.Module, str]] = []
+    order = [list(module._parameters) for module, _ in owners]
     try:
         for module, attribute in owners:
             # unsafe=True skips torch's trial forward; a gate never changes shape or dtype.
@@ -105,8 +110,19 @@ def gated(owners: list[tuple[nn.Module, str]], mask: Mask, gate: Gate = hard) ->
             done.append((module, attribute))
         yield slot
     finally:
-        for module, attribute in reversed(done):
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+        for (module, attribute), names in zip(reversed(done), reversed(order[: len(done)]), strict=True):
+            _take_off(module, attribute, slot)
+            # torch puts the parameter back at the end: state_dict and optimiser indices would be in another order.
+            for name in [name for name in names if name in module._parameters]:
+                module._parameters[name] = module._parameters.pop(name)
+
+
+def _take_off(module: nn.Module, attribute: str, slot: Gated) -> None:
+    chain: Any = module.parametrizations[attribute]  # type: ignore[index]
+    if len(chain) == 1:
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+    else:
+        del chain[next(index for index, part in enumerate(chain) if part is slot)]
 
 
 class Learned(nn.Module):

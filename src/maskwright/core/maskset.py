@@ -147,6 +147,10 @@ class SoftMaskSet(Mapping[str, SoftMask]):
     made_by: Mapping[str, Any] = field(default_factory=dict)
     base: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "masks", dict(self.masks))
+        object.__setattr__(self, "made_by", dict(self.made_by))
+
     def __getitem__(self, name: str) -> SoftMask:
         return self.masks[name]
 

@@ -19,6 +19,7 @@ _REQUIRED = ("title", "year", "arxiv", "repo", "place", "also", "pattern", "when
 _KINDS = ("mask", "merge", "loss", "collection", "signature")
 _SELECTS = ("score", "learned", "random", "own")
 _GRADIENTS = ("hard", "ste", "frozen", "none")
+_TOML = {str: "string", int: "whole number", list: "list", bool: "boolean", dict: "table"}
 _WHEN = ("one-shot", "training", "inference")
 
 
@@ -112,6 +113,11 @@ def read_card(path: Path) -> Card:
     missing = [key for key in _REQUIRED if key not in raw]
     if missing:
         raise CardError(f"{path}: missing {', '.join(missing)}")
+    kinds = {"year": int, "also": list, "baseline": bool, "soft": bool, "contract": dict}
+    for key, value in raw.items():
+        kind = kinds.get(key, str)
+        if type(value) is not kind:
+            raise CardError(f"{path}: {key} is {value!r}, not a {_TOML[kind]}")
     contract = raw.pop("contract", {})
     allowed = {"kind": _KINDS, "selects": _SELECTS, "gradient": _GRADIENTS}
     for key, values in allowed.items():
@@ -138,7 +144,11 @@ def read_card(path: Path) -> Card:
 def _cards() -> dict[str, Card]:
     root = Path(__file__).resolve().parent.parent
     cards = [read_card(p) for place in PLACES for p in sorted((root / place).glob("*/card.toml"))]
-    return {card.slug: card for card in cards}
+    found: dict[str, Card] = {}
+    for card in cards:
+        if found.setdefault(card.slug, card) is not card:
+            raise CardError(f"{card.path}: {found[card.slug].path} has the same slug; a slug names one room")
+    return found
 
 
 def methods(place: str | None = None) -> list[Card]:

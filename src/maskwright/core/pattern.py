@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -175,16 +176,18 @@ class Block(Pattern):
     def _sides(self, shape: Shape) -> tuple[list[int], list[int]]:
         if len(self.shape) > len(shape):
             raise BadInput(f"block {self.shape} does not fit a tensor of shape {shape}")
-        sides = [1] * (len(shape) - len(self.shape)) + list(self.shape)
-        return sides, [-(-size // side) for size, side in zip(shape, sides, strict=True)]
-
-    def fits(self, shape: Shape) -> None:
-        sides, _ = self._sides(shape)
-        _dims(self.within, len(shape), "within")
-        if not self.pad and any(size % side for size, side in zip(shape, sides, strict=True)):
+        asked = [1] * (len(shape) - len(self.shape)) + list(self.shape)
+        if not self.pad and any(size % side for size, side in zip(shape, asked, strict=True)):
             raise BadInput(
                 f"{self.spec()} on shape {shape}: a side is not divisible (pad=True allows smaller edge blocks)"
             )
+        # A block longer than the tensor covers it: never pad (and allocate) beyond the next multiple.
+        sides = [max(1, min(side, size)) for size, side in zip(shape, asked, strict=True)]
+        return sides, [-(-size // side) for size, side in zip(shape, sides, strict=True)]
+
+    def fits(self, shape: Shape) -> None:
+        self._sides(shape)
+        _dims(self.within, len(shape), "within")
 
     def grid(self, shape: Shape) -> tuple[int, int]:
         self.fits(shape)
@@ -192,13 +195,13 @@ class Block(Pattern):
 
     def fold(self, score: Tensor) -> Tensor:
         self.fits(tuple(score.shape))
-        sides, counts = self._sides(tuple(score.shape))
-        short = [c * s - n for n, s, c in zip(score.shape, sides, counts, strict=True)]
-        if any(short):
-            padding = [amount for extra in reversed(short) for amount in (0, extra)]
-            score = torch.nn.functional.pad(score, padding)
-        split = [part for c, s in zip(counts, sides, strict=True) for part in (c, s)]
-        units = score.reshape(split).sum(dim=tuple(range(1, 2 * len(counts), 2)), dtype=_wide(score.dtype))
+        units = score.double()
+        for dim, (side, count) in enumerate(zip(*self._sides(tuple(score.shape)), strict=True)):
+            if side == 1:
+                continue
+            if short := count * side - units.shape[dim]:
+                units = torch.nn.functional.pad(units, [0, 0] * (units.ndim - 1 - dim) + [0, short])
+            units = _sum(units.unflatten(dim, (count, side)), (dim + 1,))
         return Unstructured(self.within).fold(units)
 
     def unfold(self, kept: Tensor, shape: Shape) -> Tensor:
@@ -206,8 +209,8 @@ class Block(Pattern):
         out = Unstructured(self.within).unfold(kept, tuple(counts))
         for dim, side in enumerate(sides):
             if side > 1:
-                out = out.repeat_interleave(side, dim)
-        return out[tuple(slice(0, n) for n in shape)].contiguous()
+                out = out.repeat_interleave(side, dim).narrow(dim, 0, shape[dim])
+        return out.contiguous()
 
     def check(self, keep: Tensor) -> None:
         _whole_units(self, keep)
@@ -235,7 +238,7 @@ class Group(Pattern):
     def fold(self, score: Tensor) -> Tensor:
         dims = _dims(self.dims, score.ndim, "group dims")
         rest = tuple(d for d in range(score.ndim) if d not in dims)
-        return score.sum(dim=rest, dtype=_wide(score.dtype)).reshape(1, -1) if rest else score.reshape(1, -1)
+        return (_sum(score.double(), rest) if rest else score).reshape(1, -1)
 
     def unfold(self, kept: Tensor, shape: Shape) -> Tensor:
         dims = _dims(self.dims, len(shape), "group dims")
@@ -248,9 +251,13 @@ class Group(Pattern):
         return "group:" + ",".join(map(str, self.dims))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    # Sums of half-precision scores are taken in float32: a unit's rank must not depend on rounding order.
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+def _sum(score: Tensor, dims: tuple[int, ...]) -> Tensor:
+    # Units with equal entries must tie exactly. torch's sum adds in another order in a vector's tail (and between
+    # threads), so equal columns differ in the last bit; numpy adds every unit of an array in the same order.
+    if score.device.type != "cpu":
+        return score.sum(dim=dims)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return torch.from_numpy(np.asarray(score.detach().contiguous().numpy().sum(axis=dims)))
 
 
 def _whole_units(pattern: Pattern, keep: Tensor) -> None:
@@ -275,7 +282,7 @@ def parse(spec: str) -> Pattern:
         return NM(int(match[1]), int(match[2]), int(match[3] or -1))
     if match := re.fullmatch(r"block:(\d+(?:x\d+)*)(?:@(-?\d+(?:,-?\d+)*))?(\+pad)?", text):
         return Block(tuple(int(part) for part in match[1].split("x")), _ints(match[2]), bool(match[3]))
-    if match := re.fullmatch(r"group:(-?\d+(?:,-?\d+)*)", text):
+    if match := re.fullmatch(r"group:(-?\d+(?:,-?\d+)*)?", text):
         return Group(_ints(match[1]))
     raise BadInput(f"unknown pattern {spec!r}; known: unstructured, N:M (2:4, 4:8, 1:4), block:ROWSxCOLS, group:DIM")
 

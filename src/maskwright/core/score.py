@@ -1,4 +1,4 @@
-"""Scores: functions of a site; greater means keep. A score says which statistics it needs, so just those are gathered."""
+"""Scores: functions of a site; greater means keep. A score names its needs, so just those are gathered."""
 
 from __future__ import annotations
 
@@ -76,6 +76,8 @@ def force(values: Tensor, keep: Tensor | None = None, drop: Tensor | None = None
     """
     if keep is not None and drop is not None and bool((keep & drop).any()):
         raise BadInput(f"{int((keep & drop).sum())} entries of shape {tuple(values.shape)} are forced both ways")
+    if not values.dtype.is_floating_point:
+        values = values.double()
     if keep is not None:
         values = values.masked_fill(keep, float("inf"))
     return values if drop is None else values.masked_fill(drop, float("-inf"))

@@ -33,10 +33,17 @@ def select(score: Tensor, pattern: Pattern, counts: Counts | None = None) -> Mas
     shape = tuple(score.shape)
     pattern.fits(shape)
     if not score.dtype.is_floating_point:
-        score = score.double()
+        score = _exact_double(score)
     units = pattern.fold(score)
     kept = top(units, _counts(counts, pattern, units.shape[0], units.shape[1], shape), shape)
     return Mask(pattern.unfold(kept, shape), pattern)
+
+
+def _exact_double(score: Tensor) -> Tensor:
+    wide = score.double() if not score.dtype.is_complex else None
+    if wide is None or (score.dtype in (torch.int64, torch.uint64) and bool((wide.abs() >= 2**53).any())):
+        raise BadInput(f"{score.dtype} scores of shape {tuple(score.shape)} cannot be ranked exactly in float64")
+    return wide
 
 
 def top(units: Tensor, counts: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -153,6 +160,11 @@ def draw(
     """
     pattern.fits(shape)
     groups, units = pattern.grid(shape)
+    if score is not None:
+        if tuple(score.shape) != tuple(shape):
+            raise BadInput(f"a score of shape {tuple(score.shape)} cannot force units of a mask of shape {shape}")
+        if bool(score.isnan().any()):
+            raise BadInput(f"scores of shape {shape} hold NaN; they can force nothing")
     # 53 random bits: two equal draws, which would fall to the lower index, practically never happen.
     noise = torch.rand(groups, units, generator=rng, dtype=torch.float64)
     if probability is not None:
@@ -163,10 +175,13 @@ def draw(
         kept = noise < probability
         if score is not None:
             folded = pattern.fold(score)
+            if bool(folded.isnan().any()):
+                raise BadInput(f"{pattern} on shape {shape}: a unit is forced both ways")
             kept = (kept | folded.eq(float("inf"))) & ~folded.eq(float("-inf"))
         return Mask(pattern.unfold(kept, shape), pattern)
     if score is not None:
         folded = pattern.fold(score)
+        # inf - inf inside one unit is NaN, which `top` refuses.
         noise = torch.where(folded.isinf() | folded.isnan(), folded.double(), noise)
     return Mask(pattern.unfold(top(noise, _counts(counts, pattern, groups, units, shape), shape), shape), pattern)
 

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 
 from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask, SoftMask
@@ -56,14 +55,21 @@ def _digest(manifest: str, payloads: list[np.ndarray]) -> str:
 
 
 def save(masks: MaskSet | SoftMaskSet, path: Path) -> None:
-    """Write the file under a temporary name and rename it. Raises BadInput when a setting is not plain JSON."""
+    """Write the file under a temporary name and rename it: the same masks give the same bytes.
+
+    Raises BadInput for what `load` would refuse (a pattern that does not hold) and for settings that are not
+    plain JSON.
+    """
     soft = isinstance(masks, SoftMaskSet)
+    if isinstance(masks, MaskSet):
+        masks.check()
     payloads: dict[str, np.ndarray] = {}
     sites: list[dict[str, Any]] = []
     for name, mask in masks.items():
         if isinstance(mask, SoftMask):
-            payloads[name] = mask.values.detach().cpu().float().numpy()
-            kept = int((mask.values > 0).sum())
+            stored = SoftMask(mask.values.detach().cpu().float(), mask.pattern)  # float64 may not fit: refused here
+            payloads[name] = stored.values.contiguous().numpy()
+            kept = int((stored.values > 0).sum())
         else:
             payloads[name], kept = pack(mask.keep), mask.count
         sites.append({"name": name, "shape": list(mask.shape), "pattern": mask.pattern.spec(), "kept": kept})
@@ -83,9 +89,27 @@ def save(masks: MaskSet | SoftMaskSet, path: Path) -> None:
         )
     except (TypeError, ValueError) as error:
         raise BadInput(f"made_by cannot be stored as JSON: {error}") from None
-    meta = {"maskwright": manifest, "digest": _digest(manifest, [payloads[s["name"]] for s in sites])}
+    meta = {"maskwright": manifest, "digest": _digest(manifest, list(payloads.values()))}
     with replacing(path) as partial:
-        save_file(payloads, partial, metadata=meta)
+        _write(partial, payloads, meta)
+
+
+def _write(path: Path, payloads: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
+    # The safetensors layout by hand: its own writer puts the metadata in a random order, so bytes would differ.
+    header: dict[str, Any] = {"__metadata__": meta}
+    offset = 0
+    for name, payload in payloads.items():
+        if name == "__metadata__":
+            raise BadInput("a site cannot be named __metadata__: the file format keeps that name")
+        kind, end = ("U8" if payload.dtype == np.uint8 else "F32"), offset + payload.nbytes
+        header[name] = {"dtype": kind, "shape": list(payload.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for payload in payloads.values():
+            handle.write(payload.tobytes())
 
 
 @contextlib.contextmanager
@@ -107,12 +131,16 @@ def load(path: Path) -> MaskSet | SoftMaskSet:
     try:
         return _load(path)
     except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
+        raise BadInput(f"{path}: {_line(error)}") from None
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path}: not a readable mask file ({type(error).__name__}: {reason})") from None
+    except Exception as error:  # whatever a hostile file provokes in json, numpy, torch or safetensors
+        raise BadInput(f"{path}: not a readable mask file ({type(error).__name__}: {_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    # Names and specs come from the file: no line breaks or control characters of its own in our one line.
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())[:300]
 
 
 def _load(path: Path) -> MaskSet | SoftMaskSet:
@@ -131,6 +159,7 @@ def _load(path: Path) -> MaskSet | SoftMaskSet:
             raise BadInput("not a mask file (its manifest has another format)")
         if manifest.get("version") != VERSION:
             raise BadInput(f"mask file version {manifest.get('version')!r}; this maskwright reads version {VERSION}")
+        _well_formed(manifest)
         names = [site["name"] for site in manifest["sites"]]
         if len(set(names)) != len(names) or set(names) != set(handle.keys()):
             raise BadInput("the manifest and the tensors name different sites")
@@ -143,6 +172,20 @@ def _load(path: Path) -> MaskSet | SoftMaskSet:
     return MaskSet({s["name"]: _hard(s, payloads[s["name"]]) for s in manifest["sites"]}, **made)
 
 
+def _well_formed(manifest: Mapping[str, Any]) -> None:
+    sites = manifest["sites"]
+    fields: tuple[tuple[str, type], ...] = (("name", str), ("shape", list), ("pattern", str), ("kept", int))
+    if (
+        manifest["kind"] not in ("hard", "soft")
+        or not isinstance(manifest["made_by"], dict)
+        or not isinstance(manifest["base"], str)
+        or not isinstance(sites, list)
+        or not all(type(site[key]) is kind for site in sites for key, kind in fields)
+        or not all(type(size) is int and size >= 0 for site in sites for size in site["shape"])
+    ):
+        raise BadInput("the manifest is malformed")
+
+
 def _hard(site: Mapping[str, Any], payload: np.ndarray) -> Mask:
     mask = Mask(unpack(payload, tuple(site["shape"])), parse(site["pattern"]))
     if mask.count != site["kept"]:
@@ -151,6 +194,9 @@ def _hard(site: Mapping[str, Any], payload: np.ndarray) -> Mask:
 
 
 def _soft(site: Mapping[str, Any], payload: np.ndarray) -> SoftMask:
-    if list(payload.shape) != site["shape"]:
-        raise BadInput(f"{site['name']}: shape {payload.shape}, the manifest says {site['shape']}")
-    return SoftMask(torch.from_numpy(payload.copy()), parse(site["pattern"]))
+    if payload.dtype != np.float32 or list(payload.shape) != site["shape"]:
+        raise BadInput(f"{site['name']}: {payload.dtype} {payload.shape}, the manifest says float32 {site['shape']}")
+    mask = SoftMask(torch.from_numpy(payload.copy()), parse(site["pattern"]))
+    if int((mask.values > 0).sum()) != site["kept"]:
+        raise BadInput(f"{site['name']}: the manifest says {site['kept']} values above 0, the tensor has others")
+    return mask

@@ -1,0 +1,25 @@
+"""Masks on weights: find sites, prune in one shot, train under a mask, attach, bake."""
+
+from maskwright.core.gate import hard, ste
+from maskwright.weights.apply import attach, bake
+from maskwright.weights.oneshot import ByScore, OneShot, Rule, Solved
+from maskwright.weights.scores import input_weighted
+from maskwright.weights.sites import WeightSite, sites
+from maskwright.weights.train import MaskedTraining, Run, training
+
+__all__ = [
+    "ByScore",
+    "MaskedTraining",
+    "OneShot",
+    "Rule",
+    "Run",
+    "Solved",
+    "WeightSite",
+    "attach",
+    "bake",
+    "hard",
+    "input_weighted",
+    "sites",
+    "ste",
+    "training",
+]

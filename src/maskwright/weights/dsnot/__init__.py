@@ -1,0 +1,3 @@
+"""DSnoT."""
+
+from maskwright.weights.dsnot.method import Dsnot as Dsnot

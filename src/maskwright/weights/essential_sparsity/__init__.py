@@ -1,0 +1,3 @@
+"""Essential sparsity."""
+
+from maskwright.weights.essential_sparsity.method import EssentialSparsity as EssentialSparsity

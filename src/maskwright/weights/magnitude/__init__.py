@@ -1,0 +1,3 @@
+"""Magnitude pruning."""
+
+from maskwright.weights.magnitude.method import Magnitude as Magnitude

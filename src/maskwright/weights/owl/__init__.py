@@ -1,0 +1,3 @@
+"""OWL."""
+
+from maskwright.weights.owl.method import Owl as Owl

@@ -1,0 +1,3 @@
+"""Random pruning."""
+
+from maskwright.weights.random.method import Random as Random

@@ -1,0 +1,3 @@
+"""SparseGPT."""
+
+from maskwright.weights.sparsegpt.method import SparseGpt as SparseGpt

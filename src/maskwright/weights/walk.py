@@ -1,0 +1,287 @@
+"""The streaming calibration walk: one block in memory at a time, each pruned before the next one sees its inputs.
+
+Works on modules by name and type. A stack of blocks counts as a chain when, in one probing forward, each block's
+hidden input is the very tensor the block before put out; anything else (a ResNet's stages, say) is walked as a
+whole model. Keyword arguments (masks, position embeddings) are captured per block and passed through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskwright.core.errors import BadInput
+from maskwright.weights.sites import WeightSite, chains
+from maskwright.weights.statistics import InputStatistics
+
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the walk hands out: the sites of one block with their statistics, to be pruned before going on."""
+
+    label: str
+    sites: tuple[WeightSite, ...]
+
+
+class _Stop(Exception):
+    """Ends a capturing forward once the last block of the chain was reached."""
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """One forward of a batch: a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    # A key-value cache would grow when blocks are run again and again.
+    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    if isinstance(batch, Mapping):
+        return model(**{**extra, **batch})
+    return model(*batch, **extra) if isinstance(batch, tuple) else model(batch, **extra)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) and no gradients; each module's own flag is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def walk(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    sites: Mapping[str, WeightSite],
+    needs: frozenset[str],
+    *,
+    propagate: bool = True,
+    done: frozenset[str] = frozenset(),
+    sample_rows: int = 512,
+) -> Iterator[Step]:
+    """Yield block after block with statistics; the caller prunes the sites in place before asking for the next.
+
+    propagate: run each pruned block again so that later blocks see pruned inputs (False: all statistics are those
+    of the model as it stands). done: labels of blocks that are already pruned; they are run, not yielded.
+    Raises BadInput for no batches, and naming a site that no input reached.
+    """
+    if not batches:
+        raise BadInput("calibration needs at least one batch")
+    left = dict(sites)
+    with evaluating(model):
+        proven = [(path, blocks) for path, blocks in chains(model) if _chained(model, blocks, batches[0])]
+        inside = {id(m) for _, blocks in proven for block in blocks for m in block.modules()}
+        outside = [s for s in left.values() if not any(id(owner) in inside for owner, _ in s.owners)]
+        if outside and "model" not in done:
+            gather = _Gather(outside, needs, len(batches), sample_rows)
+            for batch in batches:
+                with gather.listening():
+                    run(model, batch)
+            yield Step("model", gather.finish())
+        for path, blocks in proven:
+            mine = [[s for s in left.values() if _owns(block, s)] for block in blocks]
+            if any(mine):
+                yield from _stream(model, batches, path, blocks, mine, needs, propagate, done, sample_rows)
+
+
+def _owns(block: nn.Module, site: WeightSite) -> bool:
+    return any(site.owners[0][0] is module for module in block.modules())
+
+
+def _stream(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    path: str,
+    blocks: list[nn.Module],
+    mine: list[list[WeightSite]],
+    needs: frozenset[str],
+    propagate: bool,
+    done: frozenset[str],
+    sample_rows: int,
+) -> Iterator[Step]:
+    hidden, calls = _capture(model, blocks, batches)
+    last = max(i for i, found in enumerate(mine) if found)
+    for i, block in enumerate(blocks[: last + 1]):
+        label = f"{path}.{i}"
+        fresh = bool(mine[i]) and label not in done
+        if fresh:
+            gather = _Gather(mine[i], needs, len(batches), sample_rows)
+            for b, x in enumerate(hidden):
+                with gather.listening():
+                    out = _first(_call(block, x, calls[b][i]))
+                if not propagate:
+                    hidden[b] = out
+            yield Step(label, gather.finish())
+        if i < last and (propagate or not fresh):
+            for b, x in enumerate(hidden):
+                hidden[b] = _first(_call(block, x, calls[b][i]))
+
+
+class _Gather:
+    """Hooks that add each site's input to its statistics. Sites fed by the same tensor (q, k, v) share one sum."""
+
+    def __init__(self, sites: Sequence[WeightSite], needs: frozenset[str], batches: int, sample_rows: int) -> None:
+        self._sites, self._needs, self._batches, self._sample_rows = sites, needs, batches, sample_rows
+        self._sums: dict[str, InputStatistics] = {}
+        self._leader: dict[str, str] = {}
+        self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        self._seen.clear()
+        with ExitStack() as stack:
+            for site in self._sites:
+                owner = next((m for m, _ in site.owners if not isinstance(m, nn.Embedding)), None)
+                if owner is None:
+                    raise BadInput(f"{site.name}: an embedding has no input statistics")
+                hook = owner.register_forward_pre_hook(
+                    lambda m, args, kwargs, s=site: self._add(s, m, args, kwargs), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+            yield
+        self._seen.clear()
+
+    def _add(self, site: WeightSite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        # The tensor itself is held in `_seen` for the length of one forward, so its id cannot be used again.
+        plain = not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        key = (id(x), 0 if plain else id(module))
+        leader = self._seen.setdefault(key, (site.name, x))[0]
+        if self._leader.setdefault(site.name, leader) != leader:
+            raise BadInput(f"{site.name}: it shares its input with another layer in some batches only")
+        if leader == site.name:
+            if site.name not in self._sums:
+                self._sums[site.name] = InputStatistics(self._needs, self._batches, self._sample_rows)
+            self._sums[site.name].add(module, x)
+
+    def finish(self) -> tuple[WeightSite, ...]:
+        out = []
+        for site in self._sites:
+            if site.name not in self._leader:
+                raise BadInput(f"{site.name}: no calibration input reached this weight")
+            out.append(replace(site, stats=self._sums[self._leader[site.name]].finish(site)))
+        return tuple(out)
+
+
+def _call(block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    args, kwargs = call
+    return block(*(_fill(a, hidden) for a in args), **{k: _fill(v, hidden) for k, v in kwargs.items()})
+
+
+_HIDDEN = object()  # stands in a captured call where the hidden state goes
+
+
+def _fill(value: Any, hidden: Tensor) -> Any:
+    return hidden if value is _HIDDEN else value
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple | list) else out
+
+
+def _chained(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> bool:
+    """One forward proves it: every block is called once, in order, on exactly what the block before put out."""
+    log: list[tuple[int, Tensor | None, Tensor | None]] = []
+
+    def note(i: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        put = _first(out)
+        log.append((i, given if isinstance(given, Tensor) else None, put if isinstance(put, Tensor) else None))
+
+    with ExitStack() as stack:
+        for i, block in enumerate(blocks):
+            hook = block.register_forward_hook(lambda m, a, k, out, i=i: note(i, a, k, out), with_kwargs=True)
+            stack.callback(hook.remove)
+        run(model, _one_row(batch))
+    if [i for i, _, _ in log] != list(range(len(blocks))) or any(given is None for _, given, _ in log):
+        return False
+    return all(after[1] is before[2] for before, after in pairwise(log))
+
+
+def _one_row(batch: Batch) -> Batch:
+    def cut(value: Any) -> Any:
+        return value[:1] if isinstance(value, Tensor) and value.ndim > 1 else value
+
+    if isinstance(batch, Mapping):
+        return {key: cut(value) for key, value in batch.items()}
+    return tuple(map(cut, batch)) if isinstance(batch, tuple) else cut(batch)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _capture(
+    model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch]
+) -> tuple[list[Tensor], list[list[Call]]]:
+    """The first block's hidden input per batch, and every block's call per batch with the hidden state cut out.
+
+    The blocks are bypassed while their calls are noted (each hands its input on), so this costs an embedding.
+    """
+    structure = _structures(model, blocks, batches[0])
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = []
+    seen: list[Tensor] = []
+
+    def shared(value: Any) -> Any:
+        # Masks and position tables are mostly the same in every batch: one copy is kept.
+        if not isinstance(value, Tensor):
+            return tuple(map(shared, value)) if isinstance(value, tuple) else value
+        for old in seen:
+            if old is value or (old.shape == value.shape and old.dtype == value.dtype and torch.equal(old, value)):
+                return old
+        if len(seen) < 64:
+            seen.append(value)
+        return value
+
+    def bypass(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        if i == 0:
+            hidden.append(x.clone())
+        call_args = (_HIDDEN, *map(shared, args[1:])) if args else ()
+        calls[-1].append((call_args, {k: _HIDDEN if v is x else shared(v) for k, v in kwargs.items()}))
+        if i == len(blocks) - 1:
+            raise _Stop
+        return structure[i](x)
+
+    with ExitStack() as stack:
+        for i, block in enumerate(blocks):
+            had, old = "forward" in vars(block), block.forward
+            block.forward = lambda *a, _i=i, **k: bypass(_i, a, k)  # type: ignore[method-assign]
+            stack.callback(_unbypass, block, had, old)
+        for batch in batches:
+            calls.append([])
+            try:
+                run(model, batch)
+            except _Stop:
+                pass
+    return hidden, calls
+
+
+def _unbypass(block: nn.Module, had: bool, old: Any) -> None:
+    if had:
+        block.forward = old  # type: ignore[method-assign]
+    else:
+        del block.forward
+
+
+def _structures(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> list[Any]:
+    """For each block, a function that wraps a hidden state the way the block's own output is wrapped."""
+    found: dict[int, Any] = {}
+
+    def note(i: int, out: Any) -> None:
+        rest = tuple(None for _ in out[1:]) if isinstance(out, tuple) else ()
+        found[i] = (lambda x: (x, *rest)) if isinstance(out, tuple) else (lambda x: x)
+
+    with ExitStack() as stack:
+        for i, block in enumerate(blocks):
+            stack.callback(block.register_forward_hook(lambda m, a, out, i=i: note(i, out)).remove)
+        run(model, _one_row(batch))
+    return [found[i] for i in range(len(blocks))]

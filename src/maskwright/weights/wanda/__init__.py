@@ -1,0 +1,3 @@
+"""Wanda."""
+
+from maskwright.weights.wanda.method import Wanda as Wanda
