@@ -1,0 +1,94 @@
+"""The recipe of a prune run: the same keys from the command line and from a YAML file, validated in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from maskwright.core.errors import BadInput
+
+
+class RuleSpec(BaseModel):
+    """One rule: the sites `where` matches get this pattern or density, or stay dense. First rule wins."""
+
+    model_config = ConfigDict(extra="forbid")
+    where: str
+    pattern: str | None = None
+    density: float | None = None
+    dense: bool = False
+
+
+class Recipe(BaseModel):
+    """Everything a run depends on. `settings` are fields of the method's own dataclass."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str = "default"
+    method: str = "wanda"
+    pattern: str = "unstructured"
+    density: float | None = Field(None, ge=0, le=1)
+    within: Literal["tensor", "row", "global"] | None = None
+    budget: str | None = None
+    where: list[str] = []
+    rules: list[RuleSpec] = []
+    settings: dict[str, Any] = {}
+    seed: int = 0
+    out: str = ""
+    calibration: str | None = None
+    evaluate: str | None = None
+    samples: int = Field(32, ge=1)
+    length: int = Field(512, ge=2)
+    windows: int = Field(20, ge=0)
+    sample_tokens: int = Field(40, ge=0)
+    threads: int | None = Field(None, ge=1)
+    dry_run: bool = False
+    resume: bool = False
+    replace: bool = False
+    any_machine: bool = False
+    command: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result (not where it goes or how it was started)."""
+        return self.model_dump(exclude={"out", "dry_run", "resume", "replace", "any_machine", "command", "threads"})
+
+
+def read(path: Path, given: dict[str, Any]) -> Recipe:
+    """A YAML recipe with the command line's values over it. Raises BadInput naming the first wrong key."""
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"{path}: not a YAML recipe: {' '.join(str(error).split())[:160]}") from None
+    if not isinstance(told, dict):
+        raise BadInput(f"{path}: a recipe is a mapping of keys")
+    if isinstance(told.get("where"), str):
+        told["where"] = [told["where"]]
+    return make({**told, **given}, str(path))
+
+
+def make(values: dict[str, Any], what: str = "recipe") -> Recipe:
+    """A checked recipe. Raises BadInput naming the first wrong key."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = f"; known: {', '.join(Recipe.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise BadInput(f"{what}: {key}: {first['msg']}{known}") from None
+
+
+def settings(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` pairs, values read as YAML. Raises BadInput for a pair without `=`."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, eq, value = pair.partition("=")
+        if not eq or not key:
+            raise BadInput(f"--set takes key=value, got {pair!r}")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            out[key] = value
+    return out

@@ -1,0 +1,132 @@
+"""The report of a prune run: one HTML page and its JSON twin. The page needs no network, no other file and no script."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from maskwright.core.errors import BadInput
+from maskwright.report import chart, words
+from maskwright.report.schema import check
+
+
+@cache
+def _template() -> Any:
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("the report needs jinja2: pip install 'maskwright[lm]'") from None
+    # Every name in a report may come from a stranger's model: escape always, and never render a missing name as "".
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {
+        "count": words.count,
+        "share": words.share,
+        "number": words.number,
+        "seconds": words.seconds,
+        "size": words.size,
+        "plain": words.plain,
+    }
+    env.globals["plus_minus"] = words.plus_minus
+    return env.get_template("page.html")
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The report as one HTML page. Raises BadInput when the report is not of the known format."""
+    data = check(report)
+    sites, quality = data["sites"], data["quality"]
+    drawn, _ = chart.points(sites)
+    paired = quality and quality["paired"]
+    stages = {name: value for name, value in data["seconds"].items() if name != "total"}
+    return _template().render(
+        r=data,
+        kept_charts=[chart.kept_chart(sites, wide) for wide in (True, False)],
+        error_charts=[chart.error_chart(sites, wide) for wide in (True, False)],
+        legend=[(kind, colour) for kind, colour in chart.legend(drawn) if kind != "site"],
+        outside=len(sites) - len(drawn),
+        top_error=max((s["error"] for s in sites if _finite(s["error"])), default=0.0),
+        factor=_factor(paired["loss_difference"]) if paired else None,
+        stages=stages,
+        total=data["seconds"].get("total", sum(stages.values())),
+        arxiv=data["method"]["arxiv"] if re.fullmatch(r"\d{4}\.\d{4,5}", data["method"]["arxiv"]) else None,
+    )
+
+
+def write(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
+    """Write `report.json` (sorted, indented) and `report.html` into a folder; each appears whole or not at all.
+
+    Numbers that JSON has no word for are written as the strings "inf", "-inf" and "nan". Raises BadInput for a
+    report of another format, OSError where the folder cannot be written.
+    """
+    folder = Path(folder)
+    page = render(report)
+    twin = json.dumps(_json(report), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    paths = folder / "report.json", folder / "report.html"
+    for path, text in zip(paths, (twin, page), strict=True):
+        put(path, text)
+    return paths
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The report in a folder or file, as written. Raises BadInput, one line, when it is missing or not a report."""
+    path = Path(path)
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or 'cannot be read'}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not a JSON file: {str(error).splitlines()[0]}") from None
+    try:
+        check(report)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    return report
+
+
+def put(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a half."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; a report is as open as any other file of the folder.
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(name).chmod(0o666 & ~mask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _factor(difference: float) -> float:
+    return math.exp(difference) if difference < 700 else math.inf
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | None) else str(value)

@@ -1,0 +1,160 @@
+"""The rooms as a table: cards beside the results of their last full claim runs. Imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maskwright.core.method import PLACES, Card, methods
+from maskwright.report.words import seconds as duration
+
+STALE = "stale"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One room for people and for machines: its card and what the last full run found."""
+
+    card: Card
+    verdict: str | None = None
+    twin_fails: bool | None = None
+    seconds: float | None = None
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """What `maskwright list --json` prints for the room."""
+        card = self.card
+        return {
+            "slug": card.slug,
+            "place": card.place,
+            "title": card.title,
+            "year": card.year,
+            "arxiv": card.arxiv,
+            "baseline": card.baseline,
+            "when": card.when,
+            "path": str(card.path),
+            "verdict": self.verdict,
+            "twin_fails": self.twin_fails,
+            "seconds": self.seconds,
+        }
+
+    @property
+    def verdict_text(self) -> str:
+        """The verdict for people: a baseline has none of its own, a room without a result says so."""
+        return self.verdict or ("baseline" if self.card.baseline else "not run")
+
+    @property
+    def twin_text(self) -> str:
+        return "" if self.twin_fails is None else ("yes" if self.twin_fails else "no")
+
+    @property
+    def seconds_text(self) -> str:
+        return "" if self.seconds is None else duration(self.seconds)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a method's dataclass, read from its source."""
+
+    name: str
+    type: str
+    default: str
+
+
+def results_root() -> Path:
+    """The folder `results/` of the checkout this package runs from; it may not exist (an installed wheel has none)."""
+    return Path(__file__).resolve().parents[3] / "results"
+
+
+def room_row(card: Card, results: Path | None = None, code_hash: Callable[[Card], str] | None = None) -> Row:
+    """The card with its result: absent when it cannot be read, verdict "stale" when it was made by other code."""
+    path = (results_root() if results is None else results) / card.place / f"{card.slug}.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Row(card)
+    if not isinstance(result, dict):
+        return Row(card)
+    verdict, twin, took = (result.get(key) for key in ("verdict", "twin_fails", "seconds"))
+    if result.get("code_hash") and result["code_hash"] != (code_hash or _code_hash())(card):
+        verdict = STALE
+    return Row(
+        card,
+        verdict if isinstance(verdict, str) else None,
+        twin if isinstance(twin, bool) else None,
+        float(took) if isinstance(took, int | float) and not isinstance(took, bool) else None,
+        result,
+    )
+
+
+def _code_hash() -> Callable[[Card], str]:
+    from maskwright.lab.measure import code_hash
+
+    return code_hash
+
+
+def rows(cards: Iterable[Card] | None = None, results: Path | None = None) -> list[Row]:
+    """Every room's row, in the order of places and slugs."""
+    return [room_row(card, results) for card in (methods() if cards is None else cards)]
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a pipe or line break inside a cell cannot break it."""
+    clean = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (head, *body)]
+    lines = ["| " + " | ".join(row) + " |" for row in clean]
+    return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+
+
+def paper(card: Card) -> str:
+    """The paper as a Markdown link, or its title alone where it has no arXiv id."""
+    return f"[{card.title}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else card.title
+
+
+def rooms_markdown(every: Sequence[Row] | None = None, link: str = "src/maskwright/{place}/{slug}/") -> str:
+    """The rooms as Markdown, a table a place. `link` is the address of a room from where the table will stand."""
+    every = rows() if every is None else every
+    parts = []
+    for place in PLACES:
+        here = [row for row in every if row.card.place == place]
+        if not here:
+            continue
+        body = [
+            (
+                f"[`{r.card.slug}`]({link.format(place=place, slug=r.card.slug)})",
+                f"{paper(r.card)}, {r.card.year}",
+                r.card.pattern,
+                r.card.when,
+                r.verdict_text,
+                r.twin_text,
+                r.seconds_text,
+            )
+            for r in sorted(here, key=lambda r: (r.card.baseline, r.card.slug))
+        ]
+        head = ("room", "paper", "pattern", "when", "claim", "twin fails", "check took")
+        parts.append(f"**{place}**\n\n{markdown(head, body)}")
+    return "\n\n".join(parts) or "No room yet."
+
+
+def settings(card: Card) -> list[Setting]:
+    """The fields of the room's dataclass with type and default, read from method.py without importing it.
+
+    Empty when the entry is a function or the file cannot be parsed.
+    """
+    try:
+        tree = ast.parse((card.path / "method.py").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == card.entry:
+            return [
+                Setting(a.target.id, ast.unparse(a.annotation), ast.unparse(a.value) if a.value else "")
+                for a in node.body
+                if isinstance(a, ast.AnnAssign)
+                and isinstance(a.target, ast.Name)
+                and "ClassVar" not in ast.unparse(a.annotation)
+            ]
+    return []
