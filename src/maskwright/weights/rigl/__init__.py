@@ -1,0 +1,3 @@
+"""RigL."""
+
+from maskwright.weights.rigl.method import RigL as RigL

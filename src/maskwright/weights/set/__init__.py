@@ -1,0 +1,3 @@
+"""SET."""
+
+from maskwright.weights.set.method import Set as Set

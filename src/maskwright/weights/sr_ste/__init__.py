@@ -1,0 +1,3 @@
+"""SR-STE."""
+
+from maskwright.weights.sr_ste.method import SrSte as SrSte
