@@ -1,6 +1,7 @@
 """The two charts over depth, as inline SVG.
 
-Kept share: bars a block, dots a site. Reconstruction error: a line a kind. Colours are CSS variables of the page, so light, dark and print share one drawing. Every text in it is escaped.
+Kept share: bars a block, dots a site. Reconstruction error: a line a kind.
+Colours are CSS variables of the page, so light, dark and print share one drawing. Every text in it is escaped.
 """
 
 from __future__ import annotations

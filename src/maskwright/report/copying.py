@@ -45,9 +45,7 @@ def copy_room(source: str, target: str, root: Path) -> tuple[Path, list[tuple[st
         shutil.copytree(old, new, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         for path in sorted(p for p in new.rglob("*") if p.is_file()):
             if path.suffix in (".py", ".toml", ".md"):
-                text = rename(
-                    path.read_text(encoding="utf-8"), (card.place, card.slug, card.entry), (place, name, entry)
-                )
+                text = rename(path.read_text(encoding="utf-8"), (card.place, card.slug, card.entry), (place, name, entry))
                 path.write_text(text, encoding="utf-8")
             if path.name == f"test_{card.slug}.py":
                 path.rename(path.with_name(f"test_{name}.py"))

@@ -32,7 +32,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     """A README.md with YAML front matter for the folder a prune run leaves. Raises BadInput for another format."""
     r = check(report)
     model, method, quality = r["model"], r["method"], r["quality"]
-    title = f"{model['name']}, masked by {method['title'] or method['slug']}"
+    title = f"{model['name']}, masked by {method['name'] or method['slug']}"
     title += f" at {r['pattern']}" if r["pattern"] else ""
     kept = r["kept"] / r["total"] if r["total"] else 0.0
     parts = [_front(r), f"# {_cell(title)}"]
@@ -74,9 +74,10 @@ def _front(r: Mapping[str, Any]) -> str:
     # The hub reads base_model as the id of one of its repositories; a bare or local name would link to a stranger's.
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model["name"]):
         front["base_model"] = model["name"]
-    front["model_name"] = f"{model['name']} {r['method']['slug']} {r['pattern']}".strip()
+    # A line break in a name would end the front matter early.
+    front["model_name"] = " ".join(f"{model['name']} {r['method']['slug']} {r['pattern']}".split())
     if model["license"]:
-        front["license"] = model["license"]
+        front["license"] = " ".join(model["license"].split())
     front["tags"] = ["maskwright", "pruning", "sparse", r["method"]["slug"]]
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---"
 

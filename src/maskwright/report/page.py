@@ -1,17 +1,16 @@
-"""The report of a prune run: one HTML page and its JSON twin. The page needs no network, no other file and no script."""
+"""The report of a prune run: one HTML page that needs nothing else, and its JSON twin."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from maskwright.core.cache import write_atomic
 from maskwright.core.errors import BadInput
 from maskwright.report import chart, words
 from maskwright.report.schema import check
@@ -45,11 +44,13 @@ def _template() -> Any:
 
 def render(report: Mapping[str, Any]) -> str:
     """The report as one HTML page. Raises BadInput when the report is not of the known format."""
-    data = check(report)
+    # The twin is sorted, so the page is drawn from the sorted form: drawn again from the twin it is the same page.
+    data = check(_json(report))
     sites, quality = data["sites"], data["quality"]
     drawn, _ = chart.points(sites)
     paired = quality and quality["paired"]
-    stages = {name: value for name, value in data["seconds"].items() if name != "total"}
+    longest = sorted(data["seconds"].items(), key=lambda item: -item[1])
+    stages = {name: value for name, value in longest if name != "total"}
     return _template().render(
         r=data,
         kept_charts=[chart.kept_chart(sites, wide) for wide in (True, False)],
@@ -72,7 +73,7 @@ def write(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
     """
     folder = Path(folder)
     page = render(report)
-    twin = json.dumps(_json(report), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    twin = json.dumps(_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     paths = folder / "report.json", folder / "report.html"
     for path, text in zip(paths, (twin, page), strict=True):
         put(path, text)
@@ -98,20 +99,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def put(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a half."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; a report is as open as any other file of the folder.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomic(path, text.encode())
 
 
 def _factor(difference: float) -> float:
@@ -124,7 +112,7 @@ def _finite(value: float | None) -> bool:
 
 def _json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(k): _json(v) for k, v in value.items()}
+        return {str(k): _json(value[k]) for k in sorted(value, key=str)}
     if isinstance(value, list | tuple):
         return [_json(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):

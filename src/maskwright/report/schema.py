@@ -26,6 +26,7 @@ class _Model(_Part):
 
 class _Method(_Part):
     slug: str
+    name: str | None = None
     title: str = ""
     arxiv: str = ""
     settings: dict[str, Any] = {}

@@ -6,6 +6,7 @@ import ast
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def room_row(card: Card, results: Path | None = None, code_hash: Callable[[Card]
 
 
 def _code_hash() -> Callable[[Card], str]:
-    from maskwright.lab.measure import code_hash
+    from maskwright.lab.record import code_hash
 
     return code_hash
 
@@ -140,21 +141,36 @@ def rooms_markdown(every: Sequence[Row] | None = None, link: str = "src/maskwrig
 
 
 def settings(card: Card) -> list[Setting]:
-    """The fields of the room's dataclass with type and default, read from method.py without importing it.
+    """The fields of the room's dataclass with type and default, those of its bases first, read without importing it.
 
-    Empty when the entry is a function or the file cannot be parsed.
+    A base is looked for in the room, then among the tools of its place. Empty when the entry is a function.
     """
-    try:
-        tree = ast.parse((card.path / "method.py").read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError):
-        return []
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == card.entry:
-            return [
-                Setting(a.target.id, ast.unparse(a.annotation), ast.unparse(a.value) if a.value else "")
-                for a in node.body
-                if isinstance(a, ast.AnnAssign)
-                and isinstance(a.target, ast.Name)
-                and "ClassVar" not in ast.unparse(a.annotation)
-            ]
+    files = [card.path / "method.py", *sorted(card.path.parent.glob("*.py"))]
+    found: dict[str, Setting] = {}
+    for node in _lineage(card.entry, files):
+        for part in node.body:
+            # A base that a field hides keeps its place in the order, as dataclasses do.
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                kind, default = ast.unparse(part.annotation), ast.unparse(part.value) if part.value else ""
+                if "ClassVar" not in kind:
+                    found[part.target.id] = Setting(part.target.id, kind, default)
+    return list(found.values())
+
+
+def _lineage(name: str, files: Sequence[Path]) -> list[ast.ClassDef]:
+    """The class called `name` and its bases as far as `files` define them, the deepest base first."""
+    for path in files:
+        for node in _classes(path):
+            if node.name == name:
+                bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id != name]
+                return [c for base in reversed(bases) for c in _lineage(base, files)] + [node]
     return []
+
+
+@cache
+def _classes(path: Path) -> tuple[ast.ClassDef, ...]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return ()
+    return tuple(node for node in tree.body if isinstance(node, ast.ClassDef))
