@@ -133,9 +133,7 @@ def vit(seed: int) -> nn.Module:
     return models.Vit(seed=seed)
 
 
-def fit_mnist5k(
-    model: nn.Module, seed: int, steps: int, progress: Callable[[int, float], None] | None
-) -> dict[str, float]:
+def fit_mnist5k(model: nn.Module, seed: int, steps: int, progress: Callable[[int, float], None] | None) -> dict[str, float]:
     """Train on 4,000 MNIST digits with AdamW, measure on the other 1,000."""
     data = images.mnist5k()
     train_loss = loop.train(

@@ -70,9 +70,7 @@ class ResNet8(nn.Module):
             self.norm = nn.BatchNorm2d(width)
             widths = (width, width, 2 * width, 4 * width)
             strides = (1, 2, 2)
-            self.blocks = nn.ModuleList(
-                _Residual(a, b, s) for a, b, s in zip(widths, widths[1:], strides, strict=False)
-            )
+            self.blocks = nn.ModuleList(_Residual(a, b, s) for a, b, s in zip(widths, widths[1:], strides, strict=False))
             self.fc = nn.Linear(4 * width, classes)
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):

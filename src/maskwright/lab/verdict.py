@@ -79,8 +79,7 @@ def judge(effect: Effect, better: Sequence[Mapping[str, float]], worse: Sequence
     """
     sign = 1.0 if effect.higher else -1.0
     first, second = (
-        [sign * _figure(effect, arm, row) for row in rows]
-        for arm, rows in ((effect.better, better), (effect.worse, worse))
+        [sign * _figure(effect, arm, row) for row in rows] for arm, rows in ((effect.better, better), (effect.worse, worse))
     )
     values = tuple(a - b for a, b in zip(first, second, strict=True))
     if all(math.isfinite(value) for value in values):
