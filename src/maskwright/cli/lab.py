@@ -42,6 +42,8 @@ def lab(
         if path.is_file():
             told = told_of(path)
             figures = ", ".join(f"{key} {value:.4g}" for key, value in told["figures"].items())
-            state = f"{figures} ({told['seconds']:.0f} s)\n{path}"
+            state = f"{figures} ({told['seconds']:.0f} s)"
         table.add_row(known, recipe.about, str(recipe.steps), state)
     Console().print(table)
+    if name is not None:
+        typer.echo(path_of(name, seed))
