@@ -35,7 +35,7 @@ def between(text: str, body: str, begin: str = _BEGIN, end: str = _END) -> str:
 
 
 def room_page(row: Row) -> str:
-    """One room's page: its README, then settings and the last result."""
+    """One room's page: its README, then its card and the last result."""
     card = row.card
     readme = card.path / "README.md"
     text = readme.read_text(encoding="utf-8").strip() if readme.exists() else f"# {card.title}\n\n{card.claim}"
@@ -47,9 +47,10 @@ def room_page(row: Row) -> str:
         facts.append(("check took", row.seconds_text))
     parts = [text, "## Card", markdown(("", ""), facts)]
     found = settings(card)
-    if found:
+    # The contract makes a README list its settings; a tree without one still gets the table.
+    if found and "## Settings" not in text:
         body = [(f"`{s.name}`", f"`{s.type}`", f"`{s.default}`" if s.default else "") for s in found]
-        parts += ["## Fields", markdown(("field", "type", "default"), body)]
+        parts += ["## Settings", markdown(("field", "type", "default"), body)]
     effects = row.result.get("effects")
     if isinstance(effects, list) and effects and all(isinstance(e, dict) for e in effects):
         parts += ["## Last full check", markdown(*_effects(effects))]
