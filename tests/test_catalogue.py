@@ -257,7 +257,10 @@ def test_cp_refuses_in_one_line_and_leaves_nothing(tree, source, target, says):
     assert "\n" not in str(caught.value) and sorted(tree.rglob("*")) == before
 
 
-def test_rename_does_not_touch_a_bare_word():
+def test_rename_touches_a_bare_slug_only_where_it_is_no_common_word():
+    assert rename("sr_ste needs n; my_sr_ste_x", ("weights", "sr_ste", "SrSte"), ("weights", "new", "New")).startswith(
+        "new needs n; my_sr_ste_x"
+    )
     text = 'set(x); weights.set; weights.settle; "set"; test_set; Set; maskwright check set'
     said = rename(text, ("weights", "set", "Set"), ("inputs", "mae", "Mae"))
     assert said == 'set(x); inputs.mae; weights.settle; "mae"; test_mae; Mae; maskwright check mae'

@@ -58,20 +58,23 @@ def copy_room(source: str, target: str, root: Path) -> tuple[Path, list[tuple[st
     folder = root / place / name
     edit = [(file.format(slug=name), what) for file, what in _EDIT.items()]
     # A baseline has no claim of its own, so a paper that starts from one must add it.
-    missing = "to be written, and `baseline = true` leaves the card: "
+    missing = "to be written" + (", and `baseline = true` leaves the card: " if card.baseline else ": ")
     return folder, [(file, what if (folder / file).exists() else missing + what) for file, what in edit]
 
 
 def rename(text: str, old: tuple[str, str, str], new: tuple[str, str, str]) -> str:
     """Text with (place, slug, class) replaced where they name the room: module path, folder, test file, string, class.
 
-    A bare slug is left alone: the room `set` must not turn every `set(...)` into the new name.
+    A bare slug is left alone where it may be a common word: the room `set` must not turn every `set(...)` into
+    the new name. With an underscore it can only be the room.
     """
     (place, slug, entry), (place_, slug_, entry_) = old, new
     for sep in (r"\.", "/"):
         plain = sep.strip("\\")
         text = re.sub(rf"\b{place}{sep}{slug}\b", f"{place_}{plain}{slug_}", text)
     text = re.sub(rf"\btest_{slug}\b", f"test_{slug_}", text)
+    if "_" in slug:
+        text = re.sub(rf"\b{slug}\b", slug_, text)
     for form, form_ in ((slug, slug_), (slug.replace("_", "-"), slug_.replace("_", "-"))):
         text = re.sub(rf"""(["'`]){re.escape(form)}\1""", rf"\g<1>{form_}\g<1>", text)
         text = re.sub(rf"(--method[ =]|ROOM=|maskwright (?:show|check|cp) ){re.escape(form)}\b", rf"\g<1>{form_}", text)
