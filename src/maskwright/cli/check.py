@@ -81,9 +81,7 @@ def _show(report: Report, out: Any) -> None:
         effect, word = outcome.effect, outcome.verdict
         told = f"[{_COLOURS[word]}]{word}[/]" + (f"\n{escape(outcome.note)}" if outcome.note else "")
         wide = "one seed" if len(report.seeds) == 1 else f"± {outcome.half_width:.3g}"
-        table.add_row(
-            escape(effect.name), effect.kind, f"{outcome.difference:.4g} {wide}", f"{effect.margin:.3g}", told
-        )
+        table.add_row(escape(effect.name), effect.kind, f"{outcome.difference:.4g} {wide}", f"{effect.margin:.3g}", told)
     out.print(table)
     failed = [outcome.effect.name for outcome in report.twin if outcome.verdict == "does not hold"]
     twin = f"fails, as it must: {', '.join(failed)}" if failed else "does NOT fail: the check cannot tell it apart"

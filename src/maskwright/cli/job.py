@@ -134,7 +134,12 @@ class Job:
             if self.tokenizer is None:
                 raise BadInput(f"{self.source.name} has no tokenizer, so calibration text cannot be read")
             self.batches = windows(
-                self.tokenizer, self.calibration[1], recipe.samples, recipe.length, seed=recipe.seed, what=self.calibration[0]
+                self.tokenizer,
+                self.calibration[1],
+                recipe.samples,
+                recipe.length,
+                seed=recipe.seed,
+                what=self.calibration[0],
             )
         self.tests = (
             windows(self.tokenizer, self.heldout[1], recipe.windows, recipe.length, what=self.heldout[0])
@@ -152,7 +157,7 @@ class Job:
         sizes = {n: s.value.numel() for n, s in self.chosen.items()}
         kinds: dict[str, list[int]] = {}
         for name, site in self.chosen.items():
-            groups, units = site.pattern.grid(site.shape)
+            _, units = site.pattern.grid(site.shape)
             share = (site.pattern.fixed / units) if site.pattern.fixed is not None else self._density(name)
             row = kinds.setdefault(".".join(name.split(".")[-3:-1]), [0, 0, 0])
             row[0], row[1], row[2] = row[0] + 1, row[1] + round(share * sizes[name]), row[2] + sizes[name]
@@ -182,7 +187,9 @@ class Job:
         """Do it. `progress(done, total, label, seconds left)` is called after each block. Returns the report."""
         need = self.plan().disk
         if free_disk(self.work) < need:
-            raise BadInput(f"{self.work.parent}: {need >> 20} MiB of disk are needed, {free_disk(self.work) >> 20} MiB are free")
+            raise BadInput(
+                f"{self.work.parent}: {need >> 20} MiB of disk are needed, {free_disk(self.work) >> 20} MiB are free"
+            )
         done = self._begin()
         before = self._judge("before")
         start = time.perf_counter()
@@ -244,7 +251,9 @@ class Job:
             for key, value in mine.items():
                 if theirs.get(key) != json.loads(json.dumps(value)) and not (key == "machine" and self.recipe.any_machine):
                     more = "; --any-machine goes on all the same" if key == "machine" else ""
-                    raise BadInput(f"{self.work}: the unfinished run has another {key} ({theirs.get(key)}, now {value}){more}")
+                    raise BadInput(
+                        f"{self.work}: the unfinished run has another {key} ({theirs.get(key)}, now {value}){more}"
+                    )
             done = dict(_read_block(path) for path in sorted((self.work / "blocks").glob("*.safetensors")))
             self.say(f"resuming after {len(done)} blocks")
             return done

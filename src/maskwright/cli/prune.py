@@ -98,7 +98,9 @@ class _Show:
         from rich.table import Table
 
         r = job.recipe
-        self.console.print(f"[bold]{job.source.name}[/bold]: {r.method}, {r.pattern}, {plan.sites} sites in {plan.blocks} blocks")
+        self.console.print(
+            f"[bold]{job.source.name}[/bold]: {r.method}, {r.pattern}, {plan.sites} sites in {plan.blocks} blocks"
+        )
         table = Table(box=None, header_style="dim")
         for head in ("sites", "number", "kept", "of", "density"):
             table.add_column(head, justify="left" if head == "sites" else "right")

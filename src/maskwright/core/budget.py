@@ -187,17 +187,15 @@ def erk_plus(given: Mapping[str, float], power: float = 1.0) -> Budget:
     return Budget(lambda sites, density: _erk(sites, density, power, True, dict(given)))
 
 
-def owl_densities(
-    outliers: Mapping[str, float], sizes: Mapping[str, int], density: float, lam: float
-) -> dict[str, float]:
+def owl_densities(outliers: Mapping[str, float], sizes: Mapping[str, int], density: float, lam: float) -> dict[str, float]:
     """Outlier Weighed Layerwise densities (arXiv 2310.05175): blocks with more outliers keep more.
 
     outliers: share per block. r = (D - min D) / (max D - min D) * 2 lam; density = r - mean(r) + density.
     Differs: the mean is weighted by block size, so the total is right where blocks differ.
-    Raises BadInput when a density leaves (0, 1]. All shares equal gives the uniform density.
+    Raises BadInput when a density leaves (0, 1]. All shares equal, or density 1, gives the uniform density.
     """
     low, high = min(outliers.values()), max(outliers.values())
-    if high == low:
+    if high == low or density == 1:
         return dict.fromkeys(outliers, density)
     lift = {block: (share - low) / (high - low) * 2 * lam for block, share in outliers.items()}
     mean = sum(lift[b] * sizes[b] for b in lift) / sum(sizes[b] for b in lift)
@@ -237,9 +235,7 @@ def _global(sites: Sites, density: float) -> Counts:
             keys = _keys(u)
             if shift < 48:
                 keys = keys[(keys >> (shift + 16)) == prefix]
-            histogram += torch.bincount(
-                (keys >> shift) & 0xFFFF if shift < 48 else (keys >> 48) + 0x8000, minlength=1 << 16
-            )
+            histogram += torch.bincount((keys >> shift) & 0xFFFF if shift < 48 else (keys >> 48) + 0x8000, minlength=1 << 16)
         high_first = histogram.flip(0).cumsum(0)
         digit_from_top = int((high_first < target - above).sum())
         above += int(high_first[digit_from_top - 1]) if digit_from_top else 0

@@ -110,9 +110,7 @@ class MaskSet(Mapping[str, Mask]):
         found = _tensors(target)
         missing = [name for name in self if name not in found]
         if missing:
-            raise BadInput(
-                f"no parameter named {', '.join(missing[:3])} ({len(missing)} of {len(self)} sites are missing)"
-            )
+            raise BadInput(f"no parameter named {', '.join(missing[:3])} ({len(missing)} of {len(self)} sites are missing)")
         for name, mask in self.items():
             if tuple(found[name].shape) != mask.shape:
                 raise BadInput(f"{name}: the mask has shape {mask.shape}, the parameter {tuple(found[name].shape)}")

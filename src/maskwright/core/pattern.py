@@ -124,9 +124,7 @@ class NM(Pattern):
     def fits(self, shape: Shape) -> None:
         (dim,) = _dims((self.dim,), len(shape), "N:M dim")
         if shape[dim] % self.m:
-            raise BadInput(
-                f"{self.n}:{self.m} along dim {dim} of shape {shape}: {shape[dim]} is not divisible by {self.m}"
-            )
+            raise BadInput(f"{self.n}:{self.m} along dim {dim} of shape {shape}: {shape[dim]} is not divisible by {self.m}")
 
     def grid(self, shape: Shape) -> tuple[int, int]:
         self.fits(shape)
@@ -178,9 +176,7 @@ class Block(Pattern):
             raise BadInput(f"block {self.shape} does not fit a tensor of shape {shape}")
         asked = [1] * (len(shape) - len(self.shape)) + list(self.shape)
         if not self.pad and any(size % side for size, side in zip(shape, asked, strict=True)):
-            raise BadInput(
-                f"{self.spec()} on shape {shape}: a side is not divisible (pad=True allows smaller edge blocks)"
-            )
+            raise BadInput(f"{self.spec()} on shape {shape}: a side is not divisible (pad=True allows smaller edge blocks)")
         # A block longer than the tensor covers it: never pad (and allocate) beyond the next multiple.
         sides = [max(1, min(side, size)) for size, side in zip(shape, asked, strict=True)]
         return sides, [-(-size // side) for size, side in zip(shape, sides, strict=True)]

@@ -138,9 +138,7 @@ def stored_dtype(source: Source) -> Any:
 def files_hash(source: Source) -> str:
     """sha256 over the folder's config and weight files, to tell whether an interrupted run may go on."""
     digest = hashlib.sha256()
-    for path in sorted(
-        [*source.folder.glob("*.safetensors"), *source.folder.glob("*.bin"), source.folder / "config.json"]
-    ):
+    for path in sorted([*source.folder.glob("*.safetensors"), *source.folder.glob("*.bin"), source.folder / "config.json"]):
         with path.open("rb") as handle:
             digest.update(path.name.encode() + hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()

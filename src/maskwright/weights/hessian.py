@@ -27,6 +27,4 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, float]
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(failed) and bool(torch.isfinite(upper).all()):
             return upper, dead, used
-    raise BadInput(
-        f"the Hessian of {len(base)} inputs is singular even with damping {used:g}; give more calibration text"
-    )
+    raise BadInput(f"the Hessian of {len(base)} inputs is singular even with damping {used:g}; give more calibration text")

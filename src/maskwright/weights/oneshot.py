@@ -246,9 +246,7 @@ def counts_of(
     for name, site in chosen.items():
         # A competition between sites may empty one (it is reported, not refused); a budget by shape may not.
         if not method.allocation.needs_scores and not int(counts[name].sum()) and densities[name] > 0:
-            raise BadInput(
-                f"{name}: density {densities[name]:g} of shape {site.shape} under {site.pattern} keeps no unit"
-            )
+            raise BadInput(f"{name}: density {densities[name]:g} of shape {site.shape} under {site.pattern} keeps no unit")
     return {name: counts[name] for name in chosen}
 
 
@@ -299,9 +297,7 @@ def solve(
         _apply(result, chosen)
         yield result
     labels = frozenset(done)
-    steps = (
-        walk(model, batches or (), chosen, method.needs, done=labels) if method.needs else _dry_steps(chosen, labels)
-    )
+    steps = walk(model, batches or (), chosen, method.needs, done=labels) if method.needs else _dry_steps(chosen, labels)
     for step in steps:
         solved = tuple(_solve_site(method, site, counts[site.name], hashes[site.name], backup) for site in step.sites)
         yield BlockResult(step.label, solved)

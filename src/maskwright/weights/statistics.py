@@ -22,9 +22,7 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return x.reshape(1, -1, x.shape[-1])
     if isinstance(module, nn.Conv3d) or isinstance(module.padding, str) or module.padding_mode != "zeros":
-        raise BadInput(
-            f"{type(module).__name__} with padding {module.padding!r}: no input statistics are offered for it"
-        )
+        raise BadInput(f"{type(module).__name__} with padding {module.padding!r}: no input statistics are offered for it")
     one = isinstance(module, nn.Conv1d)
     sizes = [module.kernel_size, module.dilation, module.padding, module.stride]
     kernel, dilation, padding, stride = [(1, *s) if one else s for s in sizes]
@@ -89,8 +87,7 @@ class InputStatistics:
         # Grouped: each block of output rows has its own input columns.
         outputs = site.matrix.shape[0]
         spread = {
-            name: (v[0] if len(v) == 1 else v.repeat_interleave(outputs // len(v), 0)).float()
-            for name, v in out.items()
+            name: (v[0] if len(v) == 1 else v.repeat_interleave(outputs // len(v), 0)).float() for name, v in out.items()
         }
         if self._gram is not None:
             spread["gram"] = self._gram

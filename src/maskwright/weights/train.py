@@ -179,9 +179,7 @@ class Run:
 
 
 @contextmanager
-def training(
-    model: nn.Module, optimizer: torch.optim.Optimizer, method: MaskedTraining, *, seed: int = 0
-) -> Iterator[Run]:
+def training(model: nn.Module, optimizer: torch.optim.Optimizer, method: MaskedTraining, *, seed: int = 0) -> Iterator[Run]:
     """Train `model` under `method`; the loop inside stays the user's own. Yields the Run.
 
     On leaving, gates and hooks are gone; weights of a hard gate hold their zeros, those of a straight-through
@@ -198,8 +196,7 @@ def training(
     first = method.start(found)
     with ExitStack() as stack:
         slots = {
-            name: stack.enter_context(gated(list(site.owners), first[name], method.gate))
-            for name, site in found.items()
+            name: stack.enter_context(gated(list(site.owners), first[name], method.gate)) for name, site in found.items()
         }
         run = Run(method, seed, found, slots, ever={name: slot.keep.clone() for name, slot in slots.items()})
         if isinstance(method.gate, Hard):

@@ -218,9 +218,7 @@ def _one_row(batch: Batch) -> Batch:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _capture(
-    model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch]
-) -> tuple[list[Tensor], list[list[Call]]]:
+def _capture(model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch]) -> tuple[list[Tensor], list[list[Call]]]:
     """The first block's hidden input per batch, and every block's call per batch with the hidden state cut out.
 
     The blocks are bypassed while their calls are noted (each hands its input on), so this costs an embedding.

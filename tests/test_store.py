@@ -1,0 +1,123 @@
+"""The mask file: round trip, read by hand, and 10,000 mutations that must never pass or crash."""
+
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from maskwright.core.errors import BadInput
+from maskwright.core.mask import Mask, SoftMask
+from maskwright.core.maskset import MaskSet, SoftMaskSet, base_hash
+from maskwright.core.pattern import NM, Block, Group, Unstructured
+from maskwright.core.select import generator, select
+from maskwright.core.store import load, save
+
+
+def some():
+    score = torch.rand(8, 12, generator=generator(0))
+    masks = {
+        "a.weight": select(score, NM(2, 4)),
+        "b.weight": select(score, Unstructured((0,)), 5),
+        "c": select(score, Block((2, 3)), 6),
+        "d": select(score, Group((0,)), 3),
+        "e": Mask(torch.zeros(0, 4, dtype=torch.bool)),
+        "f": Mask(torch.ones(3, dtype=torch.bool)),
+    }
+    return MaskSet(masks, {"method": "wanda", "seed": 1, "settings": {"density": 0.5}}, "abc")
+
+
+def test_round_trip_and_byte_identity(tmp_path):
+    masks = some()
+    masks.save(tmp_path / "m.safetensors")
+    back = MaskSet.load(tmp_path / "m.safetensors")
+    assert back.equal(masks) and back.made_by == masks.made_by and back.base == "abc"
+    back.save(tmp_path / "n.safetensors")
+    assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "n.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors", "n.safetensors"]
+
+
+def test_readable_with_safetensors_and_numpy_alone(tmp_path):
+    masks = some()
+    masks.save(tmp_path / "m.safetensors")
+    bits = np.unpackbits(load_file(tmp_path / "m.safetensors")["a.weight"], bitorder="little")[:96].reshape(8, 12)
+    assert torch.equal(torch.from_numpy(bits.astype(bool)), masks["a.weight"].keep)
+
+
+def test_soft_masks(tmp_path):
+    soft = SoftMaskSet({"s": SoftMask(torch.tensor([0.0, 0.5, 2.0]))})
+    save(soft, tmp_path / "s.safetensors")
+    assert load(tmp_path / "s.safetensors")["s"].harden().keep.tolist() == [False, True, True]
+    with pytest.raises(BadInput):
+        MaskSet.load(tmp_path / "s.safetensors")
+
+
+def test_base_hash_ignores_order_and_lossless_widening():
+    a, b = torch.randn(3, generator=generator(1)).bfloat16(), torch.randn(2, generator=generator(2))
+    assert base_hash({"a": a, "b": b}) == base_hash({"b": b, "a": a.float()}) != base_hash({"a": a, "b": b + 1})
+
+
+def _mutate(rng, data):
+    kind = rng.randrange(6)
+    data = bytearray(data)
+    header = int.from_bytes(data[:8], "little")
+    if kind == 0:
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    elif kind == 1:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        del data[rng.randrange(len(data)) :]
+    elif kind == 3:
+        data[:8] = rng.choice([0, 1, len(data), 2**40, 2**63, 2**64 - 1, header + 1]).to_bytes(8, "little")
+    elif kind == 4:
+        at = rng.randrange(len(data))
+        data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randint(1, 9)))
+    else:
+        text = bytes(data[8 : 8 + header])
+        swap = rng.choice([(b"[8,12]", b"[8,13]"), (b"[8,12]", b"[99999999999,9]"), (b"hard", b"soft"), (b"2:4", b"1:4"),
+                           (b'"U8"', b'"I8"'), (b'version\\":1', b'version\\":2'), (b"digest", b"digesT"),
+                           (b"{", b"[" * 3000)])  # fmt: skip
+        text = text.replace(*swap)
+        data[: 8 + header] = len(text).to_bytes(8, "little") + text
+    return bytes(data)
+
+
+def test_mutations_never_pass_never_crash(tmp_path):
+    path, masks = tmp_path / "m.safetensors", some()
+    masks.save(path)
+    good, seed = path.read_bytes(), 20261123
+    rng = random.Random(seed)
+    refused = 0
+    for turn in range(int(os.environ.get("MASKWRIGHT_MUTATIONS", "10000"))):
+        path.write_bytes(_mutate(rng, good))
+        try:
+            back = MaskSet.load(path)
+        except BadInput as error:
+            assert "\n" not in str(error), (seed, turn)
+            refused += 1
+        else:
+            assert back.equal(masks), (seed, turn)
+    assert refused > 0
+
+
+def test_a_forged_digest_still_has_to_be_consistent(tmp_path):
+    from safetensors.numpy import save_file
+
+    from maskwright.core.store import _digest
+
+    path = tmp_path / "m.safetensors"
+    some().save(path)
+    payloads = load_file(path)
+    raw = path.read_bytes()
+    meta = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    manifest = json.loads(meta["maskwright"])
+    manifest["sites"][0]["kept"] += 1
+    text = json.dumps(manifest)
+    digest = _digest(text, [payloads[s["name"]] for s in manifest["sites"]])
+    save_file(payloads, path, metadata={"maskwright": text, "digest": digest})
+    with pytest.raises(BadInput, match="the manifest says"):
+        MaskSet.load(path)
