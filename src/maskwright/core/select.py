@@ -128,9 +128,12 @@ def _counts(counts: Counts | None, pattern: Pattern, groups: int, units: int, sh
         counts = pattern.fixed
     if pattern.fixed is not None and not bool((torch.as_tensor(counts) == pattern.fixed).all()):
         raise BadInput(f"{pattern} keeps {pattern.fixed} a group; another count was asked for on shape {shape}")
-    if isinstance(counts, Tensor) and (counts.dtype.is_floating_point or counts.dtype == torch.bool):
-        raise BadInput(f"counts are whole numbers, got {counts.dtype}")
-    full = torch.as_tensor(counts, dtype=torch.int64).expand(groups) if groups else torch.zeros(0, dtype=torch.int64)
+    given = torch.as_tensor(counts)
+    if given.dtype.is_floating_point or given.dtype == torch.bool:
+        raise BadInput(f"counts are whole numbers, got {given.dtype}")
+    if given.numel() != 1 and tuple(given.shape) != (groups,):
+        raise BadInput(f"{pattern} on shape {shape} has {groups} groups; got counts of shape {tuple(given.shape)}")
+    full = given.to(torch.int64).flatten().expand(groups) if groups else torch.zeros(0, dtype=torch.int64)
     if groups and (int(full.min()) < 0 or int(full.max()) > units):
         raise BadInput(
             f"{pattern} on shape {shape} has {units} units a group; asked to keep {int(full.min())}..{int(full.max())}"
