@@ -107,7 +107,7 @@ class Job:
         self.recipe, self.say = recipe, say
         self.method = build_method(recipe)
         self.rules = [Rule(r.where, r.pattern, r.density, r.dense) for r in recipe.rules]
-        self.out = Path(recipe.out)
+        self.out = Path(recipe.out or "unnamed")
         self.work = self.out.with_name(self.out.name + ".partial")
         self.seconds: dict[str, float] = {}
         self.began = time.perf_counter()
@@ -328,7 +328,10 @@ class Job:
                 "parameters": sum(p.numel() for p in self.model.parameters()), "site_parameters": masks.total,
                 "note": self.source.note, "base_hash": masks.base,
             },
-            "method": {"slug": card.slug, "title": card.title, "arxiv": card.arxiv, "settings": self.method.settings()},
+            "method": {
+                "slug": card.slug, "name": card.entry, "title": card.title, "arxiv": card.arxiv,
+                "settings": self.method.settings(),
+            },
             "pattern": self.recipe.pattern, "within": self.method.within, "density": masks.density,
             "kept": masks.count, "total": masks.total, "quality": quality,
             "samples": [

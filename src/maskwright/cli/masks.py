@@ -36,7 +36,9 @@ def info(
         "sites": len(masks), "kept": masks.count, "total": masks.total, "density": masks.density,
         "patterns": sorted({m.pattern.spec() for m in masks.values()}), "made_by": dict(masks.made_by), "base": masks.base,
     }  # fmt: skip
-    rows = [{"name": n, "shape": list(m.shape), "pattern": m.pattern.spec(), "kept": m.count} for n, m in masks.items()]
+    rows: list[dict[str, Any]] = [
+        {"name": n, "shape": list(m.shape), "pattern": m.pattern.spec(), "kept": m.count} for n, m in masks.items()
+    ]
     if as_json:
         typer.echo(json.dumps(told | ({"by_site": rows} if sites else {})))
         return

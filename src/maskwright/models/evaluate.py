@@ -84,7 +84,8 @@ def loss(model: Any, batches: Sequence[Tensor], progress: Callable[[int], None] 
 
     Raises BadInput when a loss is not finite.
     """
-    body, head = getattr(model, "base_model", None), model.get_output_embeddings()
+    body: Any = getattr(model, "base_model", None)
+    head: Any = model.get_output_embeddings()
     chunked = head is not None and body is not model and _head_is_all(model, body, head, batches[0][:, :8])
     out = []
     for i, ids in enumerate(batches):

@@ -150,3 +150,5 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: Any) -> None:
         model.to(dtype).save_pretrained(folder, safe_serialization=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # weight files are written private; the folder is to be handed on

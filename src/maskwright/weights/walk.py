@@ -107,8 +107,11 @@ def _stream(
     done: frozenset[str],
     sample_rows: int,
 ) -> Iterator[Step]:
+    wanted = [i for i, found in enumerate(mine) if found and f"{path}.{i}" not in done]
+    if not wanted:
+        return
     hidden, calls = _capture(model, blocks, batches)
-    last = max(i for i, found in enumerate(mine) if found)
+    last = max(wanted)
     for i, block in enumerate(blocks[: last + 1]):
         label = f"{path}.{i}"
         fresh = bool(mine[i]) and label not in done
