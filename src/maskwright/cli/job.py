@@ -304,6 +304,8 @@ class Job:
             notes.append(f"{len(empty)} sites keep less than 1%: {', '.join(empty[:3])}.")
         damped = [f"{r.name}: {r.note}" for r in results if "damping" in r.note]
         notes += damped[:5]
+        if self.recipe.resume:
+            notes.append("This run was resumed: seconds and memory are those after the resume.")
         quality = None
         if before and before["loss"]:
             one, two = Loss(tuple(before["loss"])), Loss(tuple(after["loss"]))

@@ -1,0 +1,42 @@
+"""Wanda on the packaged model against one plain forward over the same calibration tokens, interleaved. Run alone."""
+
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from maskwright.lab.text import topics_split
+from maskwright.models.evaluate import windows
+from maskwright.models.load import find, load
+from maskwright.weights.wanda import Wanda
+
+
+def main() -> None:
+    model, tokenizer = load(find("default"))
+    batches = windows(tokenizer, topics_split()[0], 16, 512, seed=0)
+    loaded = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    plain, ours = [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.no_grad():
+            for batch in batches:
+                model(batch, use_cache=False)
+        middle = time.perf_counter()
+        Wanda(density=0.5).masks(model, batches)
+        plain.append(middle - start)
+        ours.append(time.perf_counter() - middle)
+    ratios = [b / a for a, b in zip(plain, ours, strict=True)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figures = {
+        "plain_s": statistics.median(plain), "wanda_s": statistics.median(ours), "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios), "ratio_max": max(ratios), "bar": 2.5,
+        "peak_above_loading_mib": (peak - loaded) >> 20, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The main job on a tiny real-format model: output, exactness, resume after SIGKILL, error paths, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskwright.cli import recipe as recipes
+from maskwright.cli.job import Job, build_method
+from maskwright.core.errors import BadInput
+from maskwright.core.maskset import MaskSet
+from maskwright.lab.text import topics_split
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(
+        [topics_split()[0]], trainers.WordLevelTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"])
+    )
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, bos_token_id=1, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
+        )  # fmt: skip
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def small(model, out, **more):
+    return {"model": str(model), "out": str(out), "samples": 6, "length": 32, "windows": 4, "sample_tokens": 4, **more}
+
+
+def prune(model, out, **more):
+    job = Job(recipes.make(small(model, out, **more)), lambda text: None)
+    job.open()
+    return job.run(lambda *progress: None)
+
+
+def digest(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.suffix == ".safetensors"}
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt", "dsnot", "random", "owl", "essential_sparsity"])
+def test_every_method_writes_a_folder_that_plain_transformers_loads(model, tmp_path, method):
+    from transformers import AutoModelForCausalLM
+
+    before = digest(model)
+    report = prune(model, tmp_path / "out", method=method, density=0.5)
+    assert digest(model) == before
+    masks = MaskSet.load(tmp_path / "out" / "masks.safetensors")
+    assert report["kept"] == masks.count == masks.total // 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    for name, mask in masks.items():
+        assert (loaded.get_parameter(name)[~mask.keep] == 0).all()
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "masks.safetensors", "report.html", "report.json"} <= names
+    assert not list(tmp_path.glob("*.partial"))
+    assert report["quality"]["before"]["value"] > 1 and len(report["sites"]) == 28
+
+
+def test_killed_and_resumed_gives_the_same_bits(model, tmp_path):
+    keys = {"method": "sparsegpt", "pattern": "2:4"}
+    prune(model, tmp_path / "whole", **keys)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps(small(model, tmp_path / "cut", **keys)))
+    command = [sys.executable, "-m", "maskwright.cli.main", "prune", "--recipe", str(recipe)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert run.stderr is not None
+    for line in run.stderr:
+        if line.startswith("block 2/"):
+            os.kill(run.pid, signal.SIGKILL)
+            break
+    run.stderr.close()
+    assert run.wait() == -signal.SIGKILL and not (tmp_path / "cut").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 3 and "--resume" in again.stderr
+    threads = 1 if torch.get_num_threads() > 1 else 2
+    other = subprocess.run([*command, "--resume", "--threads", str(threads)], capture_output=True, text=True, check=False)
+    assert other.returncode == 3 and "--any-machine" in other.stderr
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"method": "magic"}, "known: "),
+        ({"method": "sr_ste"}, "training"),
+        ({"pattern": "3-of-4"}, "known: unstructured"),
+        ({"pattern": "2:4", "density": 0.3}, "contradicts"),
+        ({"pattern": "2:7"}, "not divisible by 7"),
+        ({"where": ["layers.9.*"]}, "matches no weight"),
+        ({"settings": {"luck": 1}}, "has no setting"),
+        ({"calibration": "/nowhere.txt"}, "no such file"),
+        ({"samples": 10_000_000}, "tokens"),
+        ({"rules": [{"where": "mlp"}, {"where": "layers.0.mlp"}]}, "shadowed"),
+        ({"rules": [{"where": "convolution"}]}, "matches no site"),
+    ],
+)
+def test_bad_input_is_one_line(model, tmp_path, more, said):
+    with pytest.raises(BadInput, match=said) as error:
+        prune(model, tmp_path / "out", **more)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_an_unknown_model_is_one_line(tmp_path):
+    with pytest.raises(BadInput, match="neither"):
+        prune("/nowhere/model", tmp_path / "out")
+
+
+def test_text_that_is_not_utf8_existing_output_and_no_disk(model, tmp_path, monkeypatch):
+    odd = tmp_path / "odd.txt"
+    odd.write_bytes(b"caf\xe9 " * 4000)
+    with pytest.raises(BadInput, match="not UTF-8"):
+        prune(model, tmp_path / "out", calibration=str(odd))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadInput, match="--replace"):
+        prune(model, tmp_path / "out")
+    monkeypatch.setattr("maskwright.cli.job.free_disk", lambda folder: 10)
+    with pytest.raises(BadInput, match="MiB are free"):
+        prune(model, tmp_path / "new")
+
+
+def test_rules_and_settings_reach_the_method(model, tmp_path):
+    rules = [{"where": "layers.*.mlp.*", "pattern": "2:4"}, {"where": "layers.0.*", "dense": True}]
+    prune(model, tmp_path / "out", rules=rules, density=0.25, pattern="unstructured")
+    masks = MaskSet.load(tmp_path / "out" / "masks.safetensors")
+    assert masks["model.layers.0.mlp.up_proj.weight"].pattern.spec() == "2:4"
+    assert "model.layers.0.self_attn.q_proj.weight" not in masks
+    assert masks["model.layers.1.self_attn.q_proj.weight"].density == 0.25
+    made = build_method(recipes.make({"method": "dsnot", "settings": recipes.settings(["cycles=7", "stat=mean"])}))
+    assert (made.cycles, made.stat) == (7, "mean")  # type: ignore[attr-defined]
+
+
+def test_exit_codes_and_dry_run(model, tmp_path):
+    def call(*args):
+        full = [sys.executable, "-m", "maskwright.cli.main", *args]
+        return subprocess.run(full, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"})
+
+    dry = call("prune", str(model), "--dry-run", "--json", "--samples", "4", "--length", "32", "--windows", "2")
+    assert dry.returncode == 0 and json.loads(dry.stdout)["sites"] == 28
+    bad = call("prune", str(model), "--method", "magic", "--out", str(tmp_path / "x"))
+    assert bad.returncode == 3 and bad.stderr.count("\n") == 1 and bad.stderr.startswith("maskwright: unknown method")
+    assert call("prune", "--nonsense").returncode == 2
