@@ -120,6 +120,11 @@ def gated(owners: list[tuple[nn.Module, str]], mask: Mask, gate: Gate = hard) ->
 def _take_off(module: nn.Module, attribute: str, slot: Gated) -> None:
     chain: Any = module.parametrizations[attribute]  # type: ignore[index]
     if len(chain) == 1:
+        # torch deletes the attribute's property from the class, and a deep copy made under the gate (an averaged
+        # model, say) shares that class: this module leaves with a class of its own, so the copy stays whole.
+        shared = type(module)
+        rest = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, rest)
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
     else:
         del chain[next(index for index, part in enumerate(chain) if part is slot)]

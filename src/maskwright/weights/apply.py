@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from maskwright.core.errors import BadInput
 from maskwright.core.gate import Gate, Gated, gated, hard
@@ -31,8 +32,8 @@ def attach(model: nn.Module, masks: MaskSet, gate: Gate = hard) -> Iterator[dict
 def bake(model: nn.Module, masks: MaskSet) -> nn.Module:
     """Write exact zeros where the masks drop, in place, and return the model (a plain module as before).
 
-    Works under a gate too (an averaged copy of a model in training, say). Raises BadInput when the masks do
-    not fit.
+    Works under a gate too (an averaged copy of a model in training, say), whose mask then is the baked one.
+    Raises BadInput when the masks do not fit.
     """
     for name, mask in masks.items():
         target = parameter(model, name)
@@ -41,6 +42,12 @@ def bake(model: nn.Module, masks: MaskSet) -> nn.Module:
     for name, mask in masks.items():
         target = parameter(model, name)
         target.masked_fill_(~mask.keep.to(target.device), 0)
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if parametrize.is_parametrized(module, attribute):
+            chain = module.parametrizations[attribute]  # type: ignore[union-attr,index]
+            for gate in (part for part in chain if isinstance(part, Gated)):  # type: ignore[union-attr]
+                gate.mask = mask
     return model
 
 
