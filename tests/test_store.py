@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,3 +122,11 @@ def test_a_forged_digest_still_has_to_be_consistent(tmp_path):
     save_file(payloads, path, metadata={"maskwright": text, "digest": digest})
     with pytest.raises(BadInput, match="the manifest says"):
         MaskSet.load(path)
+
+
+def test_the_golden_file_of_version_1_loads_forever():
+    # Made once by MaskSet.save of maskwright 0.1.0; a reader for every released version is kept.
+    masks = MaskSet.load(Path(__file__).parent / "golden" / "masks_v1.safetensors")
+    assert masks["layer.weight"].keep.long().tolist() == [[1, 0, 1, 0, 0, 1, 1, 0], [0, 1, 0, 1, 1, 1, 0, 0]]
+    assert masks["layer.weight"].pattern == NM(2, 4) and masks["bias"].keep.tolist() == [True, False, True]
+    assert masks.made_by["seed"] == 7 and masks.base == "f00d"

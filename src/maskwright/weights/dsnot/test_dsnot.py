@@ -67,3 +67,14 @@ def test_on_a_model_weights_stay_and_no_cycles_is_the_start():
     assert not Dsnot(density=0.5, threshold=0.0, stat="mean").masks(model, x).equal(start)
     with pytest.raises(BadInput):
         Dsnot(initial="luck")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pattern", [Unstructured((0,)), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("cycles", [1, 7, 50])
+def test_the_bookkeeping_of_delta_equals_a_recount_from_the_mask(pattern, cycles):
+    a, score, start = rows(pattern, seed=4)
+    keep, note = Dsnot(threshold=0.01, cycles=cycles).swap(a, torch.ones_like(a), score, start, pattern)
+    before, after = ((a * ~k).sum(1).abs().mean() for k in (start, keep))
+    told = note.removeprefix("mean |delta| ").split(" -> ")
+    assert [float(t) for t in told] == pytest.approx([float(before), float(after)], rel=2e-3)
+    assert int((keep & ~start).sum(1).max()) <= cycles

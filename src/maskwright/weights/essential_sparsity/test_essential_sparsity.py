@@ -73,3 +73,17 @@ def test_finetuning_under_the_mask_keeps_dropped_weights_at_zero():
             model(torch.randn(4, 8, generator=generator(0))).square().mean().backward()
             optimizer.step()
     assert (model[0].weight[~masks["0.weight"].keep] == 0).all()
+
+
+def test_every_point_of_a_sweep_starts_from_the_same_dense_weights():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    assert len({EssentialSparsity(density=d).masks(model).base for d in (1.0, 0.6, 0.2)}) == 1
+
+
+def test_density_zero_drops_everything_and_a_layer_scope_ignores_scale():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    layer = EssentialSparsity(density=0.4, within="tensor").masks(model)
+    with torch.no_grad():
+        model[0].weight.mul_(8)
+    assert EssentialSparsity(density=0.4, within="tensor").masks(model).equal(layer)
+    assert EssentialSparsity(density=0.0).prune(model).count == 0 and not model[0].weight.any()

@@ -1,0 +1,83 @@
+"""Import direction: core <- models, places <- rooms <- lab's claims, report, cli. Nothing pickles; `list` is torch-free."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import maskwright
+from maskwright.core.method import PLACES
+
+ROOT = Path(maskwright.__file__).parent
+FILES = [p for p in ROOT.rglob("*.py") if not p.name.startswith("test_")]
+
+
+def imports(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def inner(path):
+    return {m for m in imports(path) if m.startswith("maskwright.")}
+
+
+def offending(files, allowed):
+    return [f"{p.relative_to(ROOT)}: {m}" for p in files for m in inner(p) if not re.match(allowed, m)]
+
+
+def test_core_imports_only_core():
+    assert offending(ROOT.glob("core/*.py"), r"maskwright\.core") == []
+
+
+def test_models_import_only_core():
+    assert offending(ROOT.glob("models/*.py"), r"maskwright\.(core|models)") == []
+
+
+def test_a_place_imports_core_kernels_and_itself_and_none_of_its_rooms():
+    for place in PLACES:
+        rooms = "|".join(p.name for p in (ROOT / place).glob("*/") if (p / "card.toml").exists()) or "-"
+        allowed = rf"maskwright\.(core|kernels|{place}(?!\.({rooms})\b))"
+        assert offending(ROOT.glob(f"{place}/*.py"), allowed) == []
+
+
+def test_rooms_import_no_other_room_and_only_claims_import_the_lab():
+    rooms = [p.parent for p in ROOT.glob("*/*/card.toml")]
+    assert rooms
+    names = {p.name for p in rooms}
+    for room in rooms:
+        for path in room.glob("*.py"):
+            if path.name.startswith("test_"):
+                continue
+            for module in inner(path):
+                parts = module.split(".")
+                other = len(parts) > 2 and parts[2] in names - {room.name}
+                assert not other, f"{path}: {module}"
+                free = ("core", "kernels", *PLACES, *(("lab", "models") if path.name == "claim.py" else ()))
+                assert parts[1] in free, f"{path}: {module}"
+
+
+def test_the_lab_imports_no_room():
+    names = "|".join({p.parent.name for p in ROOT.glob("*/*/card.toml")})
+    found = [
+        m for p in ROOT.glob("lab/*.py") for m in inner(p) if re.match(rf"maskwright\.({'|'.join(PLACES)})\.({names})\b", m)
+    ]
+    assert found == []
+
+
+def test_nothing_pickles():
+    for path in FILES:
+        assert not {m.split(".")[0] for m in imports(path)} & {"pickle", "dill", "joblib"}, path
+        for call in re.findall(r"torch\.load\([^)]*\)", path.read_text()):
+            assert "weights_only=True" in call, path
+
+
+def test_listing_leaves_torch_unimported():
+    code = "import sys, maskwright, maskwright.cli.main; from maskwright.core.method import methods; methods(); "
+    code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
