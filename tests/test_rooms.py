@@ -14,7 +14,6 @@ from maskwright.core.maskset import MaskSet
 from maskwright.core.method import methods
 from maskwright.core.score import Score
 from maskwright.core.select import generator
-from maskwright.lab.measure import load_claim, run
 from maskwright.weights import ByScore, MaskedTraining, OneShot, training
 
 CARDS = methods("weights")
@@ -183,15 +182,6 @@ def test_training_gradient_contract_and_no_trace(card):
 def test_every_room_is_one_of_these_two_kinds():
     assert {c.slug for c in CARDS} == {c.slug for c in ONESHOT + TRAINING}
     assert all(issubclass(c.load(), OneShot) for c in ONESHOT)
-
-
-@ids("card", [c for c in methods() if (c.path / "claim.py").exists()], ids=lambda c: c.slug)
-def test_a_smoke_run_of_the_claim_gives_the_promised_figures(card):
-    claim = load_claim(card)
-    report = run(card, claim, "smoke")
-    assert set(report.figures) == set(claim.arms) and claim.method in claim.arms and claim.twin in claim.arms
-    assert [o.effect.name for o in report.effects] == [e.name for e in claim.effects] and report.twin
-    assert sum(report.seconds.values()) < 10  # 4 s alone on the machine
 
 
 @ids("card", [c for c in CARDS if not c.baseline], ids=lambda c: c.slug)
