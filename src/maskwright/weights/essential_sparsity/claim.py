@@ -99,6 +99,7 @@ def _pictures(seed: int) -> tuple[nn.Module, Loss]:
     return model, loss
 
 
+@cache
 def _smoke(seed: int) -> tuple[nn.Module, Loss]:
     model, data = Mlp((64, 32, 32, 10), seed=seed), digits()
     train(model, data.train, steps=60, seed=seed)

@@ -22,7 +22,8 @@ class SparseGpt(OneShot):
 
     Score w^2 / U_jj^2 with H^-1 = U^T U; the mask of `block` columns is chosen when the pass reaches them, over
     all rows jointly (within="tensor", as in the paper) or per row; N:M group by group on compensated weights.
-    Differs: a row's or tensor's count is spread over the column blocks in exact whole numbers; factors in float64.
+    Differs: a row's or tensor's count is spread over the column blocks in exact whole numbers; factors in float64;
+    weights on dead inputs are dropped first, where the code zeroes them whatever the density.
     """
 
     within: Within = "tensor"
@@ -46,7 +47,7 @@ class SparseGpt(OneShot):
         upper, dead, used = inverse_factor(site.stat("gram"), self.damping)
         weight = site.matrix.to(torch.float64 if site.value.dtype == torch.float64 else torch.float32).clone()
         upper = upper.to(weight.dtype)
-        weight[:, dead] = 0
+        alive = (~dead).to(weight.dtype)  # a dead input's weights count for nothing, so they go first
         keep = torch.ones(weight.shape, dtype=torch.bool)
         # In the matrix's own terms: N:M along inputs, else groups are rows or everything.
         pattern = site.pattern
@@ -65,11 +66,11 @@ class SparseGpt(OneShot):
                 # Cumulative rounding: after every block the kept counts so far are the nearest whole numbers.
                 due = [torch.round(counts.double() * edge / weight.shape[1]).long() for edge in (start, stop)]
                 groups = Unstructured((0,)) if len(counts) == len(weight) > 1 else Unstructured()
-                keep[:, start:stop] = select((part / diagonal).square(), groups, due[1] - due[0]).keep
+                keep[:, start:stop] = select((part / diagonal).square() * alive[start:stop], groups, due[1] - due[0]).keep
             for j in range(stop - start):
                 if isinstance(pattern, NM) and j % pattern.m == 0:
                     span = slice(j, j + pattern.m)
-                    score = (part[:, span] / diagonal[span]).square()
+                    score = (part[:, span] / diagonal[span]).square() * alive[start:stop][span]
                     keep[:, start + j : start + j + pattern.m] = select(score, NM(pattern.n, pattern.m)).keep
                 column = part[:, j]
                 error = torch.where(keep[:, start + j], 0, column) / diagonal[j]
