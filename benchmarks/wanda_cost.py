@@ -16,7 +16,7 @@ from maskwright.weights.wanda import Wanda
 
 def main() -> None:
     model, tokenizer = load(find("default"))
-    batches = windows(tokenizer, topics_split()[0], 16, 512, seed=0)
+    batches = windows(tokenizer, topics_split()[0], 8, 512, seed=0)
     loaded = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     plain, ours = [], []
     for _ in range(3):
