@@ -170,6 +170,8 @@ def test_search_wants_every_word_and_puts_the_best_first(tree):
 @pytest.fixture
 def run(tree, monkeypatch):
     monkeypatch.setattr(catalogue, "methods", lambda place=None: [c for c in cards(tree) if place in (None, c.place)])
+    # The made-up rooms must not find the real results of a room of the same name.
+    monkeypatch.setattr("maskwright.report.table.results_root", lambda: tree / "results")
     app = typer.Typer(pretty_exceptions_enable=False)
     for name, function in (("list", catalogue.list_), ("show", catalogue.show), ("cp", catalogue.cp), ("report", report)):
         app.command(name)(function)

@@ -250,7 +250,7 @@ def scored(scores: Mapping[str, Tensor]) -> dict[str, Units]:
     return {n: Units(len(s), s.shape[1], tuple(s.shape), (lambda s=s: s)) for n, s in scores.items()}
 
 
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=150)
 @given(
     widths=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 7)), min_size=1, max_size=4),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
