@@ -14,12 +14,20 @@ FILES = [p for p in ROOT.rglob("*.py") if not p.name.startswith("test_")]
 
 
 def imports(path):
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-        elif isinstance(node, ast.Import):
+    """Every module a file names, also inside functions, relative, or as `from maskwright.weights import sr_ste`."""
+    package = ("maskwright", *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *(node.module.split(".") if node.module else ())))
+            if base == "maskwright":  # the top level only passes names on: what counts is where they live
+                names = [alias.name for alias in node.names if not alias.name.startswith("__")]
+                yield from (f"maskwright.{maskwright._WHERE.get(name, name)}" for name in names)
+            else:
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in node.names if base.startswith("maskwright."))
 
 
 def inner(path):
@@ -45,20 +53,44 @@ def test_a_place_imports_core_kernels_and_itself_and_none_of_its_rooms():
         assert offending(ROOT.glob(f"{place}/*.py"), allowed) == []
 
 
+def test_kernels_import_only_core():
+    assert offending(ROOT.glob("kernels/**/*.py"), r"maskwright\.(core|kernels)") == []
+
+
+def test_the_lab_imports_no_command_and_no_report():
+    assert offending(ROOT.glob("lab/*.py"), r"maskwright\.(?!cli\b|report\b)") == []
+
+
 def test_rooms_import_no_other_room_and_only_claims_import_the_lab():
     rooms = [p.parent for p in ROOT.glob("*/*/card.toml")]
     assert rooms
     names = {p.name for p in rooms}
     for room in rooms:
-        for path in room.glob("*.py"):
-            if path.name.startswith("test_"):
+        for path in room.rglob("*.py"):
+            if path.name.startswith("test_"):  # a room's tests may compare it with another
                 continue
             for module in inner(path):
                 parts = module.split(".")
-                other = len(parts) > 2 and parts[2] in names - {room.name}
+                other = len(parts) > 2 and parts[1] in PLACES and parts[2] in names - {room.name}
                 assert not other, f"{path}: {module}"
                 free = ("core", "kernels", *PLACES, *(("lab", "models") if path.name == "claim.py" else ()))
                 assert parts[1] in free, f"{path}: {module}"
+
+
+def test_the_walk_over_imports_sees_every_form(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "weights" / "here" / "method.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import maskwright.lab.train\n"
+        "from maskwright import Mask, lab\n"
+        "from maskwright.weights import there\n"
+        "from ..other import method\n"
+        "from . import mine\n"
+        "def late():\n    from ...cli import main\n"
+    )
+    assert {"maskwright.lab.train", "maskwright.core.mask", "maskwright.lab", "maskwright.weights.there"} <= inner(path)
+    assert {"maskwright.weights.other", "maskwright.weights.here.mine", "maskwright.cli.main"} <= inner(path)
 
 
 def test_the_lab_imports_no_room():
