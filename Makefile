@@ -33,7 +33,7 @@ bench: $(READY)  ## nothing else may run beside it
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
 fuzz: $(READY)  ## the long mutation run of the mask loader (CI runs a shorter one)
-	MASKWRIGHT_MUTATIONS=200000 $(BIN)/python -m pytest tests/test_store.py
+	MASKWRIGHT_MUTATIONS=200000 $(BIN)/python -m pytest tests/test_store_fuzz.py
 
 setup: $(READY)
 $(READY): pyproject.toml constraints.txt data-requirements.txt
