@@ -157,3 +157,32 @@ def test_exit_codes_and_dry_run(model, tmp_path):
     bad = call("prune", str(model), "--method", "magic", "--out", str(tmp_path / "x"))
     assert bad.returncode == 3 and bad.stderr.count("\n") == 1 and bad.stderr.startswith("maskwright: unknown method")
     assert call("prune", "--nonsense").returncode == 2
+
+
+def test_a_sharded_folder_is_written_shard_by_shard_and_other_names_by_transformers(model, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    whole.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "shards" / name).write_bytes((model / name).read_bytes())
+    prune(tmp_path / "shards", tmp_path / "out", method="magnitude", density=0.5)
+    files = sorted(p.name for p in (tmp_path / "out").glob("model*.safetensors"))
+    assert len(files) > 1 and files == sorted(p.name for p in (tmp_path / "shards").glob("*.safetensors"))
+    masks = MaskSet.load(tmp_path / "out" / "masks.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, value in whole.named_parameters():
+        want = torch.where(masks[name].keep, value, 0) if name in masks else value
+        assert torch.equal(loaded.get_parameter(name), want.to(loaded.dtype))
+    # A base model's file under another prefix does not name the sites: transformers writes it.
+    prune(model, tmp_path / "plain", method="magnitude", density=0.5)
+    assert load_file(tmp_path / "plain" / "model.safetensors").keys() == load_file(model / "model.safetensors").keys()
+    odd = tmp_path / "odd"
+    whole.model.save_pretrained(odd)
+    told = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**told, "architectures": ["LlamaForCausalLM"]}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (odd / name).write_bytes((model / name).read_bytes())
+    prune(odd, tmp_path / "odd-out", method="magnitude", density=0.5)
+    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "odd-out").model.layers[0].mlp.up_proj.weight == 0).any()

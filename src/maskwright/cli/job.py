@@ -31,7 +31,8 @@ from maskwright.core.store import pack, replacing, unpack
 from maskwright.lab.record import machine, versions
 from maskwright.lab.text import text_hash, topics_split
 from maskwright.models.evaluate import Loss, loss, read_text, sample, windows
-from maskwright.models.load import Source, files_hash, find, load, save, stored_dtype
+from maskwright.models.load import Source, files_hash, find, load
+from maskwright.models.save import save
 from maskwright.report.model_card import model_card
 from maskwright.report.page import put, write
 from maskwright.report.picture import density_png, mask_png
@@ -213,7 +214,7 @@ class Job:
         final.mkdir()
         start = time.perf_counter()
         self.say("writing the checkpoint")
-        save(self.model, self.tokenizer, final, stored_dtype(self.source))
+        save(self.model, self.tokenizer, self.source, final, set(self.chosen))
         masks.save(final / "masks.safetensors")
         self.seconds["save"] = time.perf_counter() - start
         report = self._report(masks, results, before, after)

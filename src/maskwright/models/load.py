@@ -142,13 +142,3 @@ def files_hash(source: Source) -> str:
         with path.open("rb") as handle:
             digest.update(path.name.encode() + hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
-
-
-def save(model: Any, tokenizer: Any, folder: Path, dtype: Any) -> None:
-    """A `save_pretrained` folder that plain transformers loads: model.safetensors, config, tokenizer."""
-    with quiet():
-        model.to(dtype).save_pretrained(folder, safe_serialization=True)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # weight files are written private; the folder is to be handed on
