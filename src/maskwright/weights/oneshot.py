@@ -233,7 +233,7 @@ def counts_of(
                 continue
             groups, units = site.pattern.grid(site.shape)
             if site.pattern.fixed is not None:
-                counts[name] = torch.full((groups,), site.pattern.fixed)
+                counts[name] = torch.tensor(site.pattern.fixed).expand(groups)  # one number, not one a group
                 continue
             facts = (
                 {"outliers": shares[name], "block": float(-1 if site.block is None else site.block)}

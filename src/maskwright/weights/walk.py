@@ -8,8 +8,9 @@ whole model. Keyword arguments (masks, position embeddings) are captured per blo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -77,8 +78,9 @@ def walk(
         raise BadInput("calibration needs at least one batch")
     left = dict(sites)
     with evaluating(model):
-        proven = [(path, blocks) for path, blocks in chains(model) if _chained(model, blocks, batches[0])]
-        inside = {id(m) for _, blocks in proven for block in blocks for m in block.modules()}
+        probed = [(path, blocks, _probe(model, blocks, batches[0])) for path, blocks in chains(model)]
+        proven = [(path, blocks, wraps) for path, blocks, wraps in probed if wraps is not None]
+        inside = {id(m) for _, blocks, _ in proven for block in blocks for m in block.modules()}
         outside = [s for s in left.values() if not any(id(owner) in inside for owner, _ in s.owners)]
         if outside and "model" not in done:
             gather = _Gather(outside, needs, len(batches), sample_rows)
@@ -86,10 +88,10 @@ def walk(
                 with gather.listening():
                     run(model, batch)
             yield Step("model", gather.finish())
-        for path, blocks in proven:
+        for path, blocks, wraps in proven:
             mine = [[s for s in left.values() if _owns(block, s)] for block in blocks]
             if any(mine):
-                yield from _stream(model, batches, path, blocks, mine, needs, propagate, done, sample_rows)
+                yield from _stream(model, batches, path, blocks, wraps, mine, needs, propagate, done, sample_rows)
 
 
 def _owns(block: nn.Module, site: WeightSite) -> bool:
@@ -101,6 +103,7 @@ def _stream(
     batches: Sequence[Batch],
     path: str,
     blocks: list[nn.Module],
+    wraps: list[Any],
     mine: list[list[WeightSite]],
     needs: frozenset[str],
     propagate: bool,
@@ -110,7 +113,7 @@ def _stream(
     wanted = [i for i, found in enumerate(mine) if found and f"{path}.{i}" not in done]
     if not wanted:
         return
-    hidden, calls = _capture(model, blocks, batches)
+    hidden, calls = _capture(model, blocks, wraps, batches)
     last = max(wanted)
     for i, block in enumerate(blocks[: last + 1]):
         label = f"{path}.{i}"
@@ -190,23 +193,41 @@ def _first(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple | list) else out
 
 
-def _chained(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> bool:
-    """One forward proves it: every block is called once, in order, on exactly what the block before put out."""
-    log: list[tuple[int, Tensor | None, Tensor | None]] = []
+def _probe(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> list[Any] | None:
+    """One forward proves the chain: every block is called once, in order, on exactly what the block before put out.
+
+    Gives for each block a function that wraps a hidden state the way its own output is wrapped; None for no chain.
+    """
+    log: list[tuple[int, Any, Any, int | None]] = []
 
     def note(i: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        given = args[0] if args else kwargs.get("hidden_states")
-        put = _first(out)
-        log.append((i, given if isinstance(given, Tensor) else None, put if isinstance(put, Tensor) else None))
+        log.append(
+            (i, args[0] if args else kwargs.get("hidden_states"), _first(out), len(out) if isinstance(out, tuple) else None)
+        )
 
+    def stop(*_: Any) -> None:
+        raise _Stop  # logits of a whole window are the largest tensor of a forward, and nothing here asks for them
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     with ExitStack() as stack:
+        if isinstance(head, nn.Module) and not any(head is m for block in blocks for m in block.modules()):
+            stack.callback(head.register_forward_pre_hook(stop).remove)
         for i, block in enumerate(blocks):
             hook = block.register_forward_hook(lambda m, a, k, out, i=i: note(i, a, k, out), with_kwargs=True)
             stack.callback(hook.remove)
-        run(model, _one_row(batch))
-    if [i for i, _, _ in log] != list(range(len(blocks))) or any(given is None for _, given, _ in log):
-        return False
-    return all(after[1] is before[2] for before, after in pairwise(log))
+        with suppress(_Stop):
+            run(model, _one_row(batch))
+    if [i for i, *_ in log] != list(range(len(blocks))) or not all(
+        isinstance(t, Tensor) for _, a, b, _ in log for t in (a, b)
+    ):
+        return None
+    if not all(after[1] is before[2] for before, after in pairwise(log)):
+        return None
+    return [partial(_wrapped, length) for *_, length in log]
+
+
+def _wrapped(length: int | None, hidden: Tensor) -> Any:
+    return hidden if length is None else (hidden, *(None,) * (length - 1))
 
 
 def _one_row(batch: Batch) -> Batch:
@@ -221,12 +242,13 @@ def _one_row(batch: Batch) -> Batch:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _capture(model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch]) -> tuple[list[Tensor], list[list[Call]]]:
+def _capture(
+    model: nn.Module, blocks: list[nn.Module], wraps: list[Any], batches: Sequence[Batch]
+) -> tuple[list[Tensor], list[list[Call]]]:
     """The first block's hidden input per batch, and every block's call per batch with the hidden state cut out.
 
     The blocks are bypassed while their calls are noted (each hands its input on), so this costs an embedding.
     """
-    structure = _structures(model, blocks, batches[0])
     hidden: list[Tensor] = []
     calls: list[list[Call]] = []
     seen: list[Tensor] = []
@@ -250,7 +272,7 @@ def _capture(model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch]
         calls[-1].append((call_args, {k: _HIDDEN if v is x else shared(v) for k, v in kwargs.items()}))
         if i == len(blocks) - 1:
             raise _Stop
-        return structure[i](x)
+        return wraps[i](x)
 
     with ExitStack() as stack:
         for i, block in enumerate(blocks):
@@ -259,10 +281,8 @@ def _capture(model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch]
             stack.callback(_unbypass, block, had, old)
         for batch in batches:
             calls.append([])
-            try:
+            with suppress(_Stop):
                 run(model, batch)
-            except _Stop:
-                pass
     return hidden, calls
 
 
@@ -271,18 +291,3 @@ def _unbypass(block: nn.Module, had: bool, old: Any) -> None:
         block.forward = old  # type: ignore[method-assign]
     else:
         del block.forward
-
-
-def _structures(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> list[Any]:
-    """For each block, a function that wraps a hidden state the way the block's own output is wrapped."""
-    found: dict[int, Any] = {}
-
-    def note(i: int, out: Any) -> None:
-        rest = tuple(None for _ in out[1:]) if isinstance(out, tuple) else ()
-        found[i] = (lambda x: (x, *rest)) if isinstance(out, tuple) else (lambda x: x)
-
-    with ExitStack() as stack:
-        for i, block in enumerate(blocks):
-            stack.callback(block.register_forward_hook(lambda m, a, out, i=i: note(i, out)).remove)
-        run(model, _one_row(batch))
-    return [found[i] for i in range(len(blocks))]
