@@ -96,6 +96,50 @@ def test_killed_and_resumed_gives_the_same_bits(model, tmp_path):
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
+def forked(folder, kill_at, job):
+    """Run `job` in a child that SIGKILLs itself at its `kill_at`-th file operation inside `folder`: (status, operations)."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)  # a forked OpenMP pool would hang
+            count = 0
+
+            def hook(event, args):
+                nonlocal count
+                if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and str(folder) in str(args[0]):
+                    count += 1
+                    if count == kill_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(hook)
+            job()
+            os.write(write, str(count).encode())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(write)
+    status = os.waitpid(child, 0)[1]
+    with os.fdopen(read) as pipe:
+        return status, int(pipe.read() or 0)
+
+
+@pytest.mark.parametrize("keys", [{"method": "sparsegpt", "pattern": "2:4"}, {"method": "owl", "density": 0.5}], ids=str)
+def test_killed_at_any_file_operation_and_resumed_gives_the_same_bits(model, tmp_path, keys):
+    # The state on disk changes at file operations alone, so a kill at each kind of them stands for any moment.
+    status, total = forked(tmp_path, 0, lambda: prune(model, tmp_path / "whole", **keys))
+    assert status == 0 and total > 40
+    whole = digest(tmp_path / "whole")
+    for number, kill_at in enumerate(range(2, total + 1, max(1, total // 7))):
+        out = tmp_path / f"cut{number}"
+        status, _ = forked(out.name, kill_at, lambda out=out: prune(model, out, **keys))
+        assert status == signal.SIGKILL
+        assert not out.exists() or digest(out) == whole
+        if not out.exists():
+            status, _ = forked(tmp_path, 0, lambda out=out: prune(model, out, resume=True, **keys))
+            assert status == 0 and digest(out) == whole and not out.with_name(f"{out.name}.partial").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -154,6 +154,7 @@ def test_a_tied_parameter_is_one_site() -> None:
     found = sites(model, "**.weight")
     found = {name: site for name, site in found.items() if len(site.owners) > 1}
     assert list(found) == ["model.embed_tokens.weight"] and len(found["model.embed_tokens.weight"].owners) == 2
+    assert list(sites(model, "lm_head")) == ["model.embed_tokens.weight"]  # found by its other name too
     embed, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
     masks = Magnitude(where=("embed_tokens",)).masks(model)
     keep = masks["model.embed_tokens.weight"].keep
@@ -208,6 +209,21 @@ def test_prune_is_bake_of_masks(slug: str) -> None:
     assert unchanged(baked, before) and hooks(baked) == 0 and baked.training
     assert method.prune(pruned, windows(), seed=1).equal(masks)
     assert unchanged(bake(baked, masks), snapshot(pruned))
+
+
+@pytest.mark.parametrize("slug", ["magnitude", "wanda", "sparsegpt"])
+def test_masks_holds_the_old_weights_of_two_blocks_at_most(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, method = lm(), get(slug)(density=0.5)
+    dense, most = snapshot(model), []
+
+    def counting(site: Any, counts: Any, solve: Any = type(method).solve) -> Any:
+        now = model.state_dict()
+        most.append(len({name.split(".")[1] for name in sites(model) if not torch.equal(now[name], dense[name])}))
+        return solve(method, site, counts)
+
+    monkeypatch.setattr(type(method), "solve", lambda self, site, counts: counting(site, counts))
+    method.masks(model, windows())
+    assert max(most) == 2 and len(most) == len(sites(model)) and unchanged(model, dense)
 
 
 def test_sparsegpt_masks_leave_the_model_but_prune_compensates() -> None:
@@ -366,6 +382,11 @@ CONVS = [
     nn.Conv2d(4, 6, 3, groups=2, dilation=2),
     nn.Conv2d(4, 4, (1, 3), groups=4, padding=(0, 1)),
     nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2),
+    nn.Conv2d(3, 4, (1, 3), padding="same", dilation=(1, 2)),
+    nn.Conv2d(3, 4, 3, padding="valid"),
+    nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="reflect"),
+    nn.Conv1d(4, 6, 4, padding="same", padding_mode="circular"),
+    nn.Conv1d(4, 6, 3, padding=2, padding_mode="replicate"),
 ]
 
 

@@ -179,9 +179,7 @@ class Job:
         )  # fmt: skip
 
     def _density(self, name: str) -> float:
-        from maskwright.weights.sites import matches
-
-        rule = next((r for r in self.rules if matches(name, r.where)), None)
+        rule = next((r for r in self.rules if self.chosen[name].named(r.where)), None)
         return self.method.density if rule is None or rule.density is None else rule.density
 
     def run(self, progress: Callable[[int, int, str, float], None]) -> dict[str, Any]:
@@ -197,7 +195,10 @@ class Job:
         labels = len({s.block for s in self.chosen.values()})
         results: list[SiteResult] = []
         fresh = 0
-        steps = solve(self.model, self.method, self.batches, seed=self.recipe.seed, rules=self.rules, done=done)
+        steps = solve(
+            self.model, self.method, self.batches, seed=self.recipe.seed, rules=self.rules, done=done,
+            counts=self._counts(), planned=self._keep_counts,
+        )  # fmt: skip
         for index, block in enumerate(steps):
             results += block.sites
             if block.label not in done:
@@ -262,6 +263,17 @@ class Job:
         (self.work / "blocks").mkdir(parents=True)
         put(mark, json.dumps(mine, indent=1))
         return {}
+
+    # Counts that a budget found by looking at the dense model; a resumed run no longer has that model.
+    def _keep_counts(self, counts: Mapping[str, Tensor]) -> None:
+        budget = self.method.allocation
+        if budget.needs_facts or budget.needs_scores:
+            with replacing(self.work / "counts.safetensors") as partial:
+                save_file({name: count.contiguous() for name, count in counts.items()}, partial)
+
+    def _counts(self) -> dict[str, Tensor] | None:
+        kept = self.work / "counts.safetensors"
+        return load_file(kept) if kept.is_file() else None
 
     def _keep(self, index: int, block: BlockResult) -> None:
         tensors: dict[str, Tensor] = {}

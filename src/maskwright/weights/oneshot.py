@@ -22,7 +22,7 @@ from maskwright.core.maskset import MaskSet, base_hash, tensor_hash
 from maskwright.core.pattern import Block, Pattern, Unstructured, parse
 from maskwright.core.score import Score
 from maskwright.core.select import select
-from maskwright.weights.sites import WeightSite, matches, refuse_bad_values, sites
+from maskwright.weights.sites import WeightSite, refuse_bad_values, sites
 from maskwright.weights.statistics import GATHERED, output_error
 from maskwright.weights.walk import Batch, Step, walk
 
@@ -63,8 +63,11 @@ class SiteResult:
 
 @dataclass(frozen=True)
 class BlockResult:
+    """One solved block. settled: once the next block has been asked for, nothing reads its weights again."""
+
     label: str
     sites: tuple[SiteResult, ...]
+    settled: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class OneShot(ABC):
         }
 
     def masks(self, model: nn.Module, batches: Sequence[Batch] | None = None, *, seed: int = 0) -> MaskSet:
-        """Masks for a model, which is left as it was.
+        """Masks for a model, which is left as it was. Old weights are held for a block or two, not for the model.
 
         batches: calibration inputs (tensors, tuples or mappings of model arguments) where the method `needs`
         statistics. Raises BadInput naming the site for NaN weights or activations, shapes the pattern does not
@@ -136,17 +139,28 @@ class OneShot(ABC):
         try:
             return self._run(model, batches, seed, backup)
         finally:
-            with torch.no_grad():
-                for site, old in backup.values():
-                    site.parameter.copy_(old)
+            _put_back(backup, list(backup))
 
     def prune(self, model: nn.Module, batches: Sequence[Batch] | None = None, *, seed: int = 0) -> MaskSet:
         """As `masks`, but in place: zeros are written, and new weights where the method has them."""
         return self._run(model, batches, seed, None)
 
     def _run(self, model: nn.Module, batches: Sequence[Batch] | None, seed: int, backup: Any) -> MaskSet:
-        results = [r for b in solve(model, self, batches, seed=seed, backup=backup) for r in b.sites]
+        results: list[SiteResult] = []
+        due: list[str] = []
+        for block in solve(model, self, batches, seed=seed, backup=backup, sample_rows=0):
+            if backup:
+                _put_back(backup, due)
+            due = [r.name for r in block.sites] if block.settled else []
+            results += [replace(r, value=None) for r in block.sites]
         return maskset(self, results, seed, list(sites(model, self.where)))
+
+
+@torch.no_grad()
+def _put_back(backup: dict[str, tuple[WeightSite, Tensor]], names: Sequence[str]) -> None:
+    for name in names:
+        site, old = backup.pop(name)
+        site.parameter.copy_(old)
 
 
 @dataclass(frozen=True)
@@ -193,7 +207,7 @@ def assign(
     found = sites(model, method.where)
     rule_of: dict[str, Rule] = {}
     for rule in rules:
-        mine = [name for name in found if matches(name, rule.where)]
+        mine = [name for name, site in found.items() if site.named(rule.where)]
         if not mine:
             raise BadInput(f"rule where {rule.where!r} matches no site")
         free = [name for name in mine if name not in rule_of]
@@ -263,13 +277,16 @@ def solve(
     rules: Sequence[Rule] = (),
     done: Mapping[str, BlockResult] | None = None,
     backup: dict[str, tuple[WeightSite, Tensor]] | None = None,
-    planned: Callable[[Mapping[str, WeightSite], Mapping[str, Tensor]], None] | None = None,
+    counts: Mapping[str, Tensor] | None = None,
+    planned: Callable[[Mapping[str, Tensor]], None] | None = None,
+    sample_rows: int = 512,
 ) -> Iterator[BlockResult]:
     """Prune a model block by block, in place, yielding each block's result as it is done.
 
     done: results of an earlier, interrupted run by label; they are applied, not solved again, so the rest comes
-    out bit for bit as in one run. backup: filled with each weight as it was (for `masks`). planned: called once
-    with the sites and their exact counts.
+    out bit for bit as in one run. backup: filled with each weight as it was (for `masks`). counts: the exact counts
+    that the interrupted run gave to `planned`, needed with `done` where the budget looks at the dense model.
+    sample_rows: input rows kept for a site's reconstruction error; 0 leaves the errors out.
     """
     done = done or {}
     chosen, densities = assign(method, model, rules, seed)
@@ -284,23 +301,27 @@ def solve(
     original = {r.name: r.base for b in done.values() for r in b.sites}
     shares: dict[str, float] = {}
     ranked = chosen
-    if budget.needs_facts or (budget.needs_scores and method.needs):
-        if done:
-            raise BadInput("this budget looks at the whole dense model first: an interrupted run starts anew")
-        ranked, shares = survey(model, method, batches or (), chosen)
-    counts = counts_of(method, ranked, densities, shares)
-    del ranked
+    if counts is None:
+        if budget.needs_facts or (budget.needs_scores and method.needs):
+            if done:
+                raise BadInput("this budget looks at the whole dense model: resuming takes the counts it found")
+            ranked, shares = survey(model, method, batches or (), chosen)
+        counts = counts_of(method, ranked, densities, shares)
+        del ranked
     if planned:
-        planned(chosen, counts)
+        planned(counts)
     hashes = {name: original.get(name) or tensor_hash(site.value) for name, site in chosen.items()}
     for result in done.values():
         _apply(result, chosen)
         yield result
     labels = frozenset(done)
-    steps = walk(model, batches or (), chosen, method.needs, done=labels) if method.needs else _dry_steps(chosen, labels)
+    if method.needs:
+        steps = walk(model, batches or (), chosen, method.needs, done=labels, sample_rows=sample_rows)
+    else:
+        steps = _dry_steps(chosen, labels)
     for step in steps:
         solved = tuple(_solve_site(method, site, counts[site.name], hashes[site.name], backup) for site in step.sites)
-        yield BlockResult(step.label, solved)
+        yield BlockResult(step.label, solved, step.settled)
 
 
 def _solve_site(method: OneShot, site: WeightSite, counts: Tensor, base: str, backup: Any) -> SiteResult:
@@ -336,7 +357,7 @@ def _dry_steps(chosen: Mapping[str, WeightSite], done: frozenset[str]) -> Iterat
     blocks: dict[str, list[WeightSite]] = {}
     for site in chosen.values():
         blocks.setdefault("model" if site.block is None else f"block {site.block}", []).append(site)
-    yield from (Step(label, tuple(found)) for label, found in blocks.items() if label not in done)
+    yield from (Step(label, tuple(found), settled=True) for label, found in blocks.items() if label not in done)
 
 
 def survey(

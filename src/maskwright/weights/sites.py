@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -78,6 +78,11 @@ class WeightSite:
     seed: int = 0
     pattern: Pattern = field(default_factory=Unstructured)
     stats: Mapping[str, Tensor] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()  # the other names of a tied parameter
+
+    def named(self, pattern: str) -> bool:
+        """Whether a `where` pattern matches the site's name, or another name of the same tied parameter."""
+        return any(matches(name, pattern) for name in (self.name, *self.aliases))
 
     @property
     def value(self) -> Tensor:
@@ -138,16 +143,19 @@ def chains(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
 def maskable(model: nn.Module) -> dict[str, WeightSite]:
     """Every parameter of two or more dims, by its full name; a tied parameter is one site, found by identity."""
     owners: dict[int, list[Owner]] = {}
-    named: dict[int, str] = {}
+    names: dict[int, list[str]] = {}
     found: dict[str, WeightSite] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.ndim < 2 or isinstance(module, parametrize.ParametrizationList):
                 continue
             owners.setdefault(id(parameter), []).append((module, attribute))
-            if id(parameter) not in named:
-                named[id(parameter)] = name = f"{path}.{attribute}" if path else attribute
-                found[name] = WeightSite(name, parameter, _layout(module, parameter), ())
+            name = f"{path}.{attribute}" if path else attribute
+            if names.setdefault(id(parameter), []):
+                names[id(parameter)].append(name)
+                continue
+            names[id(parameter)].append(name)
+            found[name] = WeightSite(name, parameter, _layout(module, parameter), ())
     block_of: dict[int, int] = {}
     for _, blocks in chains(model):
         start = len(set(block_of.values()))
@@ -155,7 +163,8 @@ def maskable(model: nn.Module) -> dict[str, WeightSite]:
     out = {}
     for name, site in found.items():
         own = tuple(owners[id(site.parameter)])
-        out[name] = WeightSite(name, site.parameter, site.layout, own, block_of.get(id(own[0][0])))
+        block = block_of.get(id(own[0][0]))
+        out[name] = replace(site, owners=own, block=block, aliases=tuple(names[id(site.parameter)][1:]))
     return out
 
 
@@ -207,10 +216,10 @@ def sites(model: nn.Module, where: str | Iterable[str] = ()) -> dict[str, Weight
             raise BadInput(f"{type(model).__name__} holds no Linear or convolution weight")
         return {name: every[name] for name in chosen}
     for pattern in wanted:
-        if not any(matches(name, pattern) for name in every):
+        if not any(site.named(pattern) for site in every.values()):
             near = ", ".join(list(every)[:3])
             raise BadInput(f"where {pattern!r} matches no weight; names look like {near}")
-    return {name: site for name, site in every.items() if any(matches(name, pattern) for pattern in wanted)}
+    return {name: site for name, site in every.items() if any(site.named(pattern) for pattern in wanted)}
 
 
 def parameter(model: nn.Module, name: str) -> nn.Parameter:

@@ -21,19 +21,31 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return x.reshape(1, -1, x.shape[-1])
-    if isinstance(module, nn.Conv3d) or isinstance(module.padding, str) or module.padding_mode != "zeros":
-        raise BadInput(f"{type(module).__name__} with padding {module.padding!r}: no input statistics are offered for it")
+    if isinstance(module, nn.Conv3d):
+        raise BadInput(f"Conv3d with kernel {module.kernel_size}: no input statistics are offered for it")
     one = isinstance(module, nn.Conv1d)
-    sizes = [module.kernel_size, module.dilation, module.padding, module.stride]
-    kernel, dilation, padding, stride = [(1, *s) if one else s for s in sizes]
-    if one:
-        x, padding = x.unsqueeze(-2), (0, *module.padding)
-    x = x if x.ndim == 4 else x.unsqueeze(0)
-    cols = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)  # (batch, in x kernel, places)
+    x = _padded(module, x if x.ndim == (3 if one else 4) else x.unsqueeze(0))
+    x = x.unsqueeze(-2) if one else x
+    kernel, dilation, stride = [(1, *s) if one else s for s in (module.kernel_size, module.dilation, module.stride)]
+    cols = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (batch, in x kernel, places)
     batch, _, places = cols.shape
     groups, size = module.groups, kernel[0] * kernel[1]
     cols = cols.reshape(batch, groups, -1, size, places).permute(1, 0, 4, 3, 2)  # (groups, batch, places, kernel, in)
     return cols.reshape(groups, batch * places, -1)
+
+
+def _padded(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution's input with its padding put on, whatever its form ("same", a size; zeros, reflect, ...)."""
+    sides: list[int] = []  # last dim first, as F.pad takes them
+    for dim in reversed(range(len(module.kernel_size))):
+        if module.padding == "same":
+            total = module.dilation[dim] * (module.kernel_size[dim] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [0, 0] if module.padding == "valid" else [int(module.padding[dim])] * 2
+    if not any(sides):
+        return x
+    return F.pad(x, sides, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
 
 
 class InputStatistics:
@@ -45,7 +57,7 @@ class InputStatistics:
 
     def __init__(self, needs: frozenset[str], batches: int, sample_rows: int = 512) -> None:
         self.needs, self.rows, self.sequences = needs, 0, 0
-        self._take = max(1, sample_rows // max(batches, 1))
+        self._take = -(-sample_rows // max(batches, 1))
         self._square: Any = 0.0
         self._sum: Any = 0.0
         self._gram: Tensor | None = None
@@ -60,7 +72,7 @@ class InputStatistics:
         self._square = self._square + rows.square().sum(1).double()
         if self.needs & {"input_mean", "input_variance"}:
             self._sum = self._sum + rows.sum(1).double()
-        if len(rows) == 1 and rows.shape[1]:
+        if self._take and len(rows) == 1 and rows.shape[1]:
             step = max(1, rows.shape[1] // self._take)
             self._sample.append(rows[0, ::step][: self._take].clone())
         if "gram" in self.needs:

@@ -26,10 +26,14 @@ Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Step:
-    """What the walk hands out: the sites of one block with their statistics, to be pruned before going on."""
+    """What the walk hands out: the sites of one block with their statistics, to be pruned before going on.
+
+    settled: once the next step has been asked for, nothing reads these weights again.
+    """
 
     label: str
     sites: tuple[WeightSite, ...]
+    settled: bool = False
 
 
 class _Stop(Exception):
@@ -88,10 +92,16 @@ def walk(
                 with gather.listening():
                     run(model, batch)
             yield Step("model", gather.finish())
+        streams = []
         for path, blocks, wraps in proven:
             mine = [[s for s in left.values() if _owns(block, s)] for block in blocks]
             if any(mine):
-                yield from _stream(model, batches, path, blocks, wraps, mine, needs, propagate, done, sample_rows)
+                streams.append((path, blocks, wraps, mine))
+        for stream in streams:
+            # An earlier chain (an encoder) is run again whole to capture what a later one (a decoder) is given.
+            last = stream is streams[-1]
+            for step in _stream(model, batches, *stream, needs, propagate, done, sample_rows):
+                yield replace(step, settled=last and all(len(s.owners) == 1 for s in step.sites))
 
 
 def _owns(block: nn.Module, site: WeightSite) -> bool:

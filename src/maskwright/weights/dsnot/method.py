@@ -13,7 +13,6 @@ from maskwright.core.score import magnitude
 from maskwright.core.select import select
 from maskwright.weights import OneShot, Solved, WeightSite, input_weighted
 from maskwright.weights.hessian import inverse_factor
-from maskwright.weights.sites import matches
 
 
 @final
@@ -59,7 +58,7 @@ class Dsnot(OneShot):
 
     def solve(self, site: WeightSite, counts: Tensor) -> Solved:
         start = select(self.rank(site), site.pattern, counts)
-        if self.refine and not any(matches(site.name, pattern) for pattern in self.refine):
+        if self.refine and not any(site.named(pattern) for pattern in self.refine):
             return Solved(start)
         scale = float(site.stat("rows") / site.stat("sequences")) if self.stat == "sum" else 1.0
         keep, note = self.swap(
