@@ -1,7 +1,7 @@
 """The table of nine runs: magnitude, Wanda, SparseGPT at unstructured (per row), 4:8 and 2:4, density 0.5.
 
 Writes results/nine_runs.json after every run (a run already there under the same text and model is kept), and the
-table into README.md between its markers when all nine stand.
+table into README.md and docs/prune.md between its markers when all nine stand.
 """
 
 import json
@@ -41,10 +41,11 @@ def main() -> None:
             told["runs"][key] = {**found.figures(), "kept": masks.count, "total": masks.total}
             write_atomic(path, (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
             print(key, found.figures(), flush=True)
-    table(told, Path(__file__).parent.parent / "README.md")
+    for page in ("README.md", "docs/prune.md"):
+        table(told, Path(__file__).parent.parent / page)
 
 
-def table(told: dict, readme: Path) -> None:
+def table(told: dict, page: Path) -> None:
     rows = [f"| pattern | {' | '.join(METHODS)} |", "| --- |" + " --- |" * len(METHODS)]
     for pattern in PATTERNS:
         cells = [told["runs"][f"{m} {pattern}"] for m in METHODS]
@@ -52,10 +53,10 @@ def table(told: dict, readme: Path) -> None:
     dense = told["dense"]
     rows.append("")
     rows.append(f"Dense: {dense['value']:.2f} ± {dense['stderr']:.2f}. Made by `benchmarks/nine_runs.py`.")
-    text = readme.read_text()
+    text = page.read_text()
     begin, end = "<!-- ninerun:begin -->", "<!-- ninerun:end -->"
     head, tail = text.split(begin)[0], text.split(end)[1]
-    readme.write_text(head + begin + "\n" + "\n".join(rows) + "\n" + end + tail)
+    page.write_text(head + begin + "\n" + "\n".join(rows) + "\n" + end + tail)
 
 
 if __name__ == "__main__":

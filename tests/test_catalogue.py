@@ -160,6 +160,7 @@ def test_search_wants_every_word_and_puts_the_best_first(tree):
     assert exact and [c.slug for c in found] == ["random", "sparse_mezo"]
     assert [c.slug for c in search("sparse mezo", cards(tree))[0]] == ["sparse_mezo"]
     assert [c.slug for c in search("from SCRATCH settles", cards(tree))[0]] == ["sr_ste"]
+    assert [c.slug for c in search("Which paper is from scratch?", cards(tree))[0]] == ["sr_ste"]
     assert search("random scratch", cards(tree)) == ([], False)
     assert search("", cards(tree)) == ([], False)
 

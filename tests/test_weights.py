@@ -216,7 +216,9 @@ def test_masks_holds_the_old_weights_of_two_blocks_at_most(slug: str, monkeypatc
     model, method = lm(), get(slug)(density=0.5)
     dense, most = snapshot(model), []
 
-    def counting(site: Any, counts: Any, solve: Any = type(method).solve) -> Any:
+    solve = type(method).solve
+
+    def counting(site: Any, counts: Any) -> Any:
         now = model.state_dict()
         most.append(len({name.split(".")[1] for name in sites(model) if not torch.equal(now[name], dense[name])}))
         return solve(method, site, counts)

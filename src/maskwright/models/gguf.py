@@ -12,15 +12,30 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from maskwright.core.errors import BadInput
 
 
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Inside, a file is parsed once and a name map built once, however often transformers asks (three and 397 times)."""
+    import gguf
+
+    with ExitStack() as stack:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            stack.enter_context(patch.object(gguf, name, cache(getattr(gguf, name))))
+        yield
+
+
+@reading_once()
 def convert(source: Path, target: Path) -> None:
     """Write `target` (config, tokenizer, model.safetensors in float32). It appears whole or not at all.
 

@@ -7,13 +7,19 @@ from collections.abc import Sequence
 
 from maskwright.core.method import Card
 
+# What turns words into a question ("which paper does N:M from scratch?") and stands in no card.
+_FILLER = frozenset("a an and are do does for how in is of on paper papers room that the to what which who with".split())
+
 
 def search(asked: str, cards: Sequence[Card]) -> tuple[list[Card], bool]:
     """The rooms whose text holds every word, best first, and whether the first is named exactly by the words.
 
+    A question's filler ("which paper does ...?") does not count.
+
     Case does not matter; hyphen and underscore are alike and may be left out ("sr-ste" finds SR-STE and SrSte).
     """
-    words = asked.split()
+    told = re.sub(r"[?!,;.]+(?=\s|$)", "", asked).split()
+    words = [word for word in told if word.casefold() not in _FILLER] or told
     if not words:
         return [], False
     scored = [(_score(words, card), card) for card in cards]

@@ -1,10 +1,9 @@
 """DSnoT's claim: swaps lower each row's expected output error at the same count. Gated on |delta|."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskwright.core.mask import Mask
 from maskwright.core.method import Claim, Effect, get
@@ -15,7 +14,7 @@ from maskwright.lab.made import made
 from maskwright.lab.models import CharLM
 from maskwright.lab.text import python_chars
 from maskwright.lab.train import char_rows, loss_of
-from maskwright.weights import OneShot, Solved, WeightSite, attach, input_weighted, sites
+from maskwright.weights import OneShot, Solved, WeightSite, input_weighted, sites
 from maskwright.weights.dsnot import Dsnot
 from maskwright.weights.walk import walk
 
@@ -35,7 +34,7 @@ class RandomSwaps(OneShot):
 
     def solve(self, site: WeightSite, counts: Tensor) -> Solved:
         start = select(input_weighted(site), site.pattern, counts).keep
-        right = Dsnot(density=self.density, stat="mean", threshold=0.0).solve(site, counts).mask.keep
+        right = Dsnot(density=self.density).solve(site, counts).mask.keep
         moved = (start & ~right).sum(1)
         rows = Unstructured((0,))
         none = torch.zeros(start.shape)
@@ -44,13 +43,15 @@ class RandomSwaps(OneShot):
         return Solved(Mask(stay | grown, site.pattern))
 
 
-def _run(method: OneShot | None, seed: int, scale: str) -> dict[str, float]:
-    chars = python_chars()
+def _model(seed: int, scale: str) -> nn.Module:
     if scale == "full":
-        model = made("char_lm_relu", seed)
-    else:
-        model = CharLM(len(chars.vocabulary), layers=2, width=32, heads=2, context=32, activation=torch.nn.ReLU, seed=seed)
-    full = scale == "full"
+        return made("char_lm_relu", seed)
+    letters = len(python_chars().vocabulary)
+    return CharLM(letters, layers=2, width=32, heads=2, context=32, activation=nn.ReLU, seed=seed)
+
+
+def _run(method: OneShot | None, seed: int, scale: str) -> dict[str, float]:
+    chars, model, full = python_chars(), _model(seed, scale), scale == "full"
     length, count = (128, 64) if full else (32, 4)
     rng = torch.Generator().manual_seed(1000 + seed)
     starts = torch.randint(len(chars.train) - length, (count,), generator=rng).tolist()
@@ -58,23 +59,25 @@ def _run(method: OneShot | None, seed: int, scale: str) -> dict[str, float]:
     x, y = char_rows(chars.val, length, limit=200 if full else 4)
     if method is None:
         return {"delta": 0.0, "loss": loss_of(model, x, y, batch=64)}
-    masks = method.masks(model, batches, seed=seed)
-    found = sites(model)
-    off = []
-    for step in walk(model, batches, found, frozenset({"input_mean"}), propagate=False):
+    method.prune(model, batches, seed=seed)
+    return {"delta": _delta(_model(seed, scale), model, batches), "loss": loss_of(model, x, y, batch=64)}
+
+
+@torch.no_grad()
+def _delta(dense: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> float:
+    """Mean over rows of |E[dense output - sparse output]|, each block on the inputs that the pruned ones before it give."""
+    new, off = sites(pruned), []
+    for step in walk(dense, batches, sites(dense), frozenset({"input_mean"}), sample_rows=0):
         for site in step.sites:
-            a = site.matrix * site.stat("input_mean")
-            off.append((a * ~masks[site.name].keep).sum(1).abs())
-    with attach(model, masks):
-        loss = loss_of(model, x, y, batch=64)
-    return {"delta": float(torch.cat(off).mean()), "loss": loss}
+            off.append(((site.matrix - new[site.name].matrix) @ site.stat("input_mean")).abs())
+            site.parameter.copy_(new[site.name].value)
+    return float(torch.cat(off).mean())
 
 
 def _arm(method: OneShot | None):  # type: ignore[no-untyped-def]
     return lambda seed, scale: _run(method, seed, scale)
 
 
-_ON: dict[str, Any] = {"density": DENSITY, "stat": "mean", "threshold": 0.0}
 CLAIM = Claim(
     arms={
         "dense": _arm(None),
@@ -82,8 +85,8 @@ CLAIM = Claim(
         "magnitude": _arm(get("magnitude")(density=DENSITY)),
         "wanda": _arm(get("wanda")(density=DENSITY)),
         "sparsegpt": _arm(get("sparsegpt")(density=DENSITY, within="row")),
-        "magnitude_dsnot": _arm(Dsnot(initial="magnitude", **_ON)),
-        "dsnot": _arm(Dsnot(**_ON)),
+        "magnitude_dsnot": _arm(Dsnot(initial="magnitude", density=DENSITY)),
+        "dsnot": _arm(Dsnot(density=DENSITY)),
         "random_swaps": _arm(RandomSwaps(density=DENSITY)),
     },
     method="dsnot",

@@ -107,8 +107,7 @@ def _smoke(seed: int) -> tuple[nn.Module, Loss]:
 
 
 @cache
-def _masks(method: type[OneShot], settings: tuple[Any, ...], build: Any, share: float, seed: int) -> MaskSet:
-    """One point of a sweep; only random masks depend on the seed, so the others are made once."""
+def _masks(method: type[OneShot], settings: tuple[Any, ...], build: Any, share: float, seed: int = 0) -> MaskSet:
     return method(density=round(1 - share, 6), **dict(settings)).masks(build(0)[0], seed=seed)
 
 
@@ -118,7 +117,9 @@ def _curve(
     model, loss = build(seed)
     out = [loss()]
     for share in GRID[1:]:
-        masks = _masks(method, tuple(settings.items()), build, share, seed if method is get("random") else 0)
+        # Only random masks depend on the seed; the others are made once for all seeds.
+        told = (method, tuple(settings.items()), build, share)
+        masks = _masks.__wrapped__(*told, seed) if method is get("random") else _masks(*told)
         with attach(model, masks):
             out.append(loss())
     return out
@@ -142,11 +143,35 @@ def _arm(method: type[OneShot], settings: dict[str, Any]) -> Callable[[int, str]
     return run
 
 
+def _nm(pattern: str) -> Callable[[int, str], dict[str, float]]:
+    """Magnitude at N:M, density 0.5, on the two models whose every block matrix it divides."""
+
+    def run(seed: int, scale: str) -> dict[str, float]:
+        figures = {}
+        for name, build in (("smollm2", _language), ("minilm", _sentences)):
+            model, loss = (build if scale == "full" else _smoke)(seed)
+            masks = _masks(get("magnitude"), (("pattern", pattern),), build if scale == "full" else _smoke, 0.5)
+            with attach(model, masks):
+                figures[f"{name}_loss_0.5"] = loss()
+        return figures
+
+    return run
+
+
+def _straight(seed: int, scale: str) -> dict[str, float]:
+    """A curve without a knee: the same slope on both sides of any break."""
+    return {f"{name}_steeper": 1.0 for name in ("smollm2", "minilm", "mobilenet")}
+
+
 CLAIM = Claim(
     arms={
         "global": _arm(EssentialSparsity, {}),
         "layer": _arm(get("magnitude"), {"within": "tensor"}),
         "random": _arm(get("random"), {"within": "tensor"}),
+        "random_erk": _arm(get("random"), {"within": "tensor", "budget": "erk"}),
+        "nm_2_4": _nm("2:4"),
+        "nm_4_8": _nm("4:8"),
+        "straight": _straight,
         "smallest": _arm(Smallest, {"within": "global"}),
     },
     method="global",
@@ -154,9 +179,19 @@ CLAIM = Claim(
     effects=(
         Effect("SmolLM2: magnitude's knee lies after chance's", "global", "random", "smollm2_knee"),
         Effect("SmolLM2: lower loss than random at 30%", "global", "random", "smollm2_loss_0.3", higher=False),
+        Effect(
+            "SmolLM2: the loss climbs 3 times as steeply after its knee", "global", "straight", "smollm2_steeper", margin=2.0
+        ),
         Effect("SmolLM2: magnitude's knee lies 0.2 after chance's", "global", "random", "smollm2_knee", "quality", 0.2),
         Effect("MiniLM: magnitude's knee lies 0.2 after chance's", "global", "random", "minilm_knee", "quality", 0.2),
         Effect("MobileNetV2: magnitude's knee lies after chance's", "global", "random", "mobilenet_knee", "quality"),
+        Effect("SmolLM2: chance spread by ERK stays behind too", "global", "random_erk", "smollm2_knee", "quality"),
+        Effect("MiniLM: 3 times as steep after its knee", "global", "straight", "minilm_steeper", "quality", 2.0),
+        Effect("MobileNetV2: 3 times as steep after its knee", "global", "straight", "mobilenet_steeper", "quality", 2.0),
+        Effect(
+            "SmolLM2: 2:4 is no better than free choice", "global", "nm_2_4", "smollm2_loss_0.5", "quality", higher=False
+        ),
+        Effect("MiniLM: 2:4 is no better than free choice", "global", "nm_2_4", "minilm_loss_0.5", "quality", higher=False),
     ),
     seeds=(0, 1, 2),
     paper="30-50% of the weights of BERT-base, OPT and ViT leave at no more than 1% drop",
