@@ -150,6 +150,9 @@ def test_killed_at_any_file_operation_and_resumed_gives_the_same_bits(model, tmp
         ({"pattern": "2:7"}, "not divisible by 7"),
         ({"where": ["layers.9.*"]}, "matches no weight"),
         ({"settings": {"luck": 1}}, "has no setting"),
+        ({"method": "dsnot", "settings": {"gamma": "high"}}, "dsnot: gamma='high': .*number"),
+        ({"method": "dsnot", "settings": {"initial": "luck"}}, "initial='luck': .*'wanda'"),
+        ({"method": "dsnot", "settings": {"cycles": 1.5}}, "cycles=1.5: .*integer"),
         ({"calibration": "/nowhere.txt"}, "no such file"),
         ({"samples": 10_000_000}, "tokens"),
         ({"rules": [{"where": "mlp"}, {"where": "layers.0.mlp"}]}, "shadowed"),
@@ -187,8 +190,10 @@ def test_rules_and_settings_reach_the_method(model, tmp_path):
     assert masks["model.layers.0.mlp.up_proj.weight"].pattern.spec() == "2:4"
     assert "model.layers.0.self_attn.q_proj.weight" not in masks
     assert masks["model.layers.1.self_attn.q_proj.weight"].density == 0.25
-    made = build_method(recipes.make({"method": "dsnot", "settings": recipes.settings(["cycles=7", "stat=mean"])}))
-    assert (made.cycles, made.stat) == (7, "mean")  # type: ignore[attr-defined]
+    made = build_method(
+        recipes.make({"method": "dsnot", "settings": recipes.settings(["cycles=7", "stat=mean", "refine=[attn]"])})
+    )
+    assert (made.cycles, made.stat, made.refine) == (7, "mean", ("attn",))  # type: ignore[attr-defined]
 
 
 def test_exit_codes_and_dry_run(model, tmp_path):

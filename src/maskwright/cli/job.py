@@ -11,11 +11,11 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -87,11 +87,23 @@ def build_method(recipe: Recipe) -> OneShot:
     for key, value in recipe.settings.items():
         if key not in fields:
             raise BadInput(f"{card.slug} has no setting {key!r}; it has {', '.join(fields)}")
-        given[key] = tuple(value) if isinstance(value, list) else value
+        given[key] = _typed(kind, card.slug, key, value)
     try:
         return kind(**given)
     except TypeError as error:
         raise BadInput(f"{card.slug}: {error}") from None
+
+
+def _typed(kind: type, slug: str, key: str, value: Any) -> Any:
+    """A setting as its field's type. Raises BadInput for a value that is none."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    hint = get_type_hints(kind)[key]
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        said = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise BadInput(f"{slug}: {key}={value!r}: {said}") from None
 
 
 def free_disk(folder: Path) -> int:
@@ -125,6 +137,9 @@ class Job:
         start = time.perf_counter()
         self.source: Source = find(recipe.model)
         self.model, self.tokenizer = load(self.source)
+        # Weight files are mapped: one number of every page is read, so that what loading takes is not counted later.
+        for parameter in self.model.parameters():
+            parameter.detach().flatten()[::512].sum()
         self.seconds["load"] = time.perf_counter() - start
         self.loaded_bytes = _resident()
         self.chosen, _ = assign(self.method, self.model, self.rules, recipe.seed)
@@ -200,7 +215,7 @@ class Job:
             counts=self._counts(), planned=self._keep_counts,
         )  # fmt: skip
         for index, block in enumerate(steps):
-            results += block.sites
+            results += [replace(site, value=None) for site in block.sites]  # new weights are in the model and on disk
             if block.label not in done:
                 self._keep(index, block)
                 fresh += 1
@@ -245,7 +260,7 @@ class Job:
             "machine": {"threads": told["threads"], "instructions": told["instructions"]},
         }
 
-    def _begin(self) -> dict[str, BlockResult]:
+    def _begin(self) -> Mapping[str, BlockResult]:
         mark = self.work / "run.json"
         mine = self._fingerprint()
         if self.recipe.resume and mark.is_file():
@@ -256,7 +271,7 @@ class Job:
                     raise BadInput(
                         f"{self.work}: the unfinished run has another {key} ({theirs.get(key)}, now {value}){more}"
                     )
-            done = dict(_read_block(path) for path in sorted((self.work / "blocks").glob("*.safetensors")))
+            done = _Done(self.work / "blocks")
             self.say(f"resuming after {len(done)} blocks")
             return done
         shutil.rmtree(self.work, ignore_errors=True)
@@ -370,19 +385,38 @@ class Job:
         }  # fmt: skip
 
 
-def _read_block(path: Path) -> tuple[str, BlockResult]:
+class _Done(Mapping[str, BlockResult]):
+    """The blocks an interrupted run left on disk, by label and in order; each is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = {str(_facts(path)["label"]): path for path in sorted(folder.glob("*.safetensors"))}
+
+    def __getitem__(self, label: str) -> BlockResult:
+        return _read_block(self._paths[label])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _facts(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as handle:
-        facts = json.loads(handle.metadata()["block"])
-    tensors = load_file(path)
+        return json.loads(handle.metadata()["block"])
+
+
+def _read_block(path: Path) -> BlockResult:
+    facts, tensors = _facts(path), load_file(path)
     found = []
     for s in facts["sites"]:
         shape = tuple(s["shape"])
         mask = Mask(unpack(tensors[f"{s['name']}:bits"].numpy(), shape), parse(s["pattern"])).check()
         value = tensors.get(f"{s['name']}:value")
         found.append(SiteResult(s["name"], s["block"], mask, value, s["error"], s["note"], s["base"]))
-    return facts["label"], BlockResult(facts["label"], tuple(found))
+    return BlockResult(facts["label"], tuple(found))
 
 
 def _pictures(masks: Mapping[str, Mask], most: int = 6) -> list[dict[str, str]]:

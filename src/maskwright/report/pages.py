@@ -54,6 +54,7 @@ def room_page(row: Row) -> str:
     effects = row.result.get("effects")
     if isinstance(effects, list) and effects and all(isinstance(e, dict) for e in effects):
         parts += ["## Last full check", markdown(*_effects(effects))]
+        parts += [markdown(*_arms(row.result.get("spread") or {}, {str(e.get("figure")) for e in effects}))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -64,6 +65,16 @@ def _effects(effects: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
         [f"{v:.4g}" if isinstance(v := e.get(k), float) else "" if v is None else str(v) for k in keys] for e in effects
     ]
     return [key.replace("_", " ") for key in keys], shown
+
+
+def _arms(spread: dict, figures: set[str]) -> tuple[list[str], list[list[str]]]:
+    """Every arm's mean and standard deviation over seeds, for the figures that some effect reads."""
+    shown = sorted({name for told in spread.values() for name in told} & figures)
+    cells = [
+        [arm, *(f"{told[n]['mean']:.4g} ± {told[n]['sd']:.2g}" if n in told else "" for n in shown)]
+        for arm, told in spread.items()
+    ]
+    return ["arm", *shown], cells
 
 
 def pages(root: Path, every: Sequence[Row] | None = None) -> dict[Path, str]:
