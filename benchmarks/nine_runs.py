@@ -1,6 +1,6 @@
 """The table of nine runs: magnitude, Wanda, SparseGPT at unstructured (per row), 4:8 and 2:4, density 0.5.
 
-Writes results/nine_runs.json after every run (a run already there under the same text and model is kept), and the
+Writes results/nine_runs.json after every run (a run already there under the same text, model and code is kept), and the
 table into README.md and docs/prune.md between its markers when all nine stand.
 """
 
@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 from maskwright.core.cache import write_atomic
-from maskwright.core.method import get
-from maskwright.lab.record import machine, results_dir, versions
+from maskwright.core.method import card, get
+from maskwright.lab.record import machine, piece_hash, results_dir, versions
 from maskwright.lab.text import text_hash, topics_split
 from maskwright.models.evaluate import Loss, loss, windows
 from maskwright.models.load import files_hash, find, load
@@ -27,8 +27,8 @@ def main() -> None:
         told = {"stamp": stamp, "runs": {}, "versions": versions(), "machine": machine()}
     for method in METHODS:
         for pattern in PATTERNS:
-            key = f"{method} {pattern}"
-            if key in told["runs"]:
+            key, code = f"{method} {pattern}", piece_hash(card(method))
+            if told["runs"].get(key, {}).get("code") == code:
                 continue
             model, tokenizer = load(source)
             tests = windows(tokenizer, topics_split()[1], 12, 512)
@@ -38,7 +38,7 @@ def main() -> None:
             within = {"within": "row"} if pattern == "unstructured" else {}
             masks = get(method)(density=0.5, pattern=pattern, **within).prune(model, batches, seed=0).check()
             found: Loss = loss(model, tests)
-            told["runs"][key] = {**found.figures(), "kept": masks.count, "total": masks.total}
+            told["runs"][key] = {**found.figures(), "kept": masks.count, "total": masks.total, "code": code}
             write_atomic(path, (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
             print(key, found.figures(), flush=True)
     for page in ("README.md", "docs/prune.md"):

@@ -64,6 +64,19 @@ def test_counts_are_exact_and_density_one_is_untouched(pattern):
         assert torch.equal(full.value, weight)
 
 
+def test_the_factor_is_the_same_for_every_number_of_threads():
+    x = torch.randn(512, 576, generator=generator(5), dtype=torch.float64)
+    gram, threads, factors = x.T @ x, torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            factors.append(inverse_factor(gram, 0.01)[0])
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*factors)
+
+
 def test_a_singular_hessian_is_damped_loudly_or_refused():
     assert inverse_factor(torch.zeros(3, 3), 0.01)[1].all()
     with pytest.raises(BadInput, match="singular"):
