@@ -38,7 +38,9 @@ def main() -> None:
     figures = {
         "plain_s": statistics.median(plain), "wanda_s": statistics.median(ours), "ratio": statistics.median(ratios),
         "ratio_min": min(ratios), "ratio_max": max(ratios), "bar": 2.5,
-        "peak_above_loading_mib": (peak - loaded) >> 20, "memory_bar_mib": 500 + (8 * 512 * model.config.hidden_size * 4 >> 20), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "peak_above_loading_mib": (peak - loaded) >> 20,
+        "memory_bar_mib": 500 + (8 * 512 * model.config.hidden_size * 4 >> 20),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     print(json.dumps(figures, indent=1))
 
