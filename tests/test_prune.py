@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from maskwright.cli import recipe as recipes
-from maskwright.cli.job import Job, build_method
+from maskwright.cli.job import Job
 from maskwright.core.errors import BadInput
 from maskwright.core.maskset import MaskSet
 from maskwright.lab.text import topics_split
@@ -190,7 +190,7 @@ def test_rules_and_settings_reach_the_method(model, tmp_path):
     assert masks["model.layers.0.mlp.up_proj.weight"].pattern.spec() == "2:4"
     assert "model.layers.0.self_attn.q_proj.weight" not in masks
     assert masks["model.layers.1.self_attn.q_proj.weight"].density == 0.25
-    made = build_method(
+    made = recipes.build_method(
         recipes.make({"method": "dsnot", "settings": recipes.settings(["cycles=7", "stat=mean", "refine=[attn]"])})
     )
     assert (made.cycles, made.stat, made.refine) == (7, "mean", ("attn",))  # type: ignore[attr-defined]

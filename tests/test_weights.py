@@ -19,10 +19,10 @@ from maskwright.core.select import generator
 from maskwright.lab.models import CharLM, Mlp, ResNet8
 from maskwright.weights import MaskedTraining, Rule, attach, bake, sites, ste, training
 from maskwright.weights.magnitude import Magnitude
-from maskwright.weights.oneshot import assign
 from maskwright.weights.rigl import RigL
 from maskwright.weights.set import Set
 from maskwright.weights.sites import matches, parameter
+from maskwright.weights.solve import assign
 from maskwright.weights.sr_ste import SrSte
 from maskwright.weights.statistics import input_rows
 from maskwright.weights.walk import walk

@@ -1,14 +1,19 @@
-"""The recipe of a prune run: the same keys from the command line and from a YAML file, validated in one place."""
+"""The recipe of a prune run: the same keys from the command line and from a YAML file, validated in one place,
+and the method it names."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from maskwright.core.errors import BadInput
+from maskwright.core.method import card as card_of
+
+if TYPE_CHECKING:
+    from maskwright.weights import OneShot
 
 
 class RuleSpec(BaseModel):
@@ -92,3 +97,54 @@ def settings(pairs: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             out[key] = value
     return out
+
+
+def build_method(recipe: Recipe) -> OneShot:
+    """The method with its fields. Raises BadInput listing the known methods or fields."""
+    from maskwright.core.budget import BUDGETS
+    from maskwright.core.pattern import parse
+    from maskwright.weights import OneShot
+
+    try:
+        card = card_of(recipe.method)
+    except KeyError as error:
+        raise BadInput(str(error.args[0])) from None
+    kind = card.load()
+    if not (isinstance(kind, type) and issubclass(kind, OneShot)):
+        raise BadInput(f"{card.slug} is a method for {card.when}, not for one-shot pruning")
+    given: dict[str, Any] = {"pattern": recipe.pattern, "where": tuple(recipe.where)}
+    pattern = parse(recipe.pattern)
+    if recipe.density is not None:
+        given["density"] = recipe.density
+    if pattern.fixed is not None:
+        share = pattern.fixed / int(recipe.pattern.split(":")[1].split("@")[0])
+        if recipe.density is not None and recipe.density != share:
+            raise BadInput(f"pattern {recipe.pattern} keeps {share:g} by itself; density {recipe.density:g} contradicts it")
+        if recipe.within is not None:
+            raise BadInput(f"pattern {recipe.pattern} competes inside its own groups; --within has no meaning for it")
+        given["density"] = share
+    if recipe.within is not None:
+        given["within"] = recipe.within
+    if recipe.budget is not None:
+        if recipe.budget not in BUDGETS:
+            raise BadInput(f"unknown budget {recipe.budget!r}; known: {', '.join(BUDGETS)}")
+        given["budget"] = recipe.budget
+    fields = kind.__dataclass_fields__
+    for key, value in recipe.settings.items():
+        if key not in fields:
+            raise BadInput(f"{card.slug} has no setting {key!r}; it has {', '.join(fields)}")
+        given[key] = _typed(kind, card.slug, key, value)
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise BadInput(f"{card.slug}: {error}") from None
+
+
+def _typed(kind: type, slug: str, key: str, value: Any) -> Any:
+    """A setting as its field's type. Raises BadInput for a value that is none."""
+    hint = get_type_hints(kind)[key]
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        said = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise BadInput(f"{slug}: {key}={value!r}: {said}") from None

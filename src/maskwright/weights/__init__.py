@@ -2,9 +2,10 @@
 
 from maskwright.core.gate import hard, ste
 from maskwright.weights.apply import attach, bake
-from maskwright.weights.oneshot import ByScore, OneShot, Rule, Solved
+from maskwright.weights.oneshot import ByScore, OneShot
 from maskwright.weights.scores import input_weighted
 from maskwright.weights.sites import WeightSite, sites
+from maskwright.weights.solve import Rule, Solved
 from maskwright.weights.train import MaskedTraining, Run, training
 
 __all__ = [

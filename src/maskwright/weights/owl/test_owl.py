@@ -6,8 +6,8 @@ from maskwright.core.errors import BadInput
 from maskwright.core.maskset import MaskSet
 from maskwright.lab.models import CharLM
 from maskwright.weights import sites
-from maskwright.weights.oneshot import survey
 from maskwright.weights.owl import Owl
+from maskwright.weights.solve import survey
 from maskwright.weights.wanda import Wanda
 
 
