@@ -196,6 +196,14 @@ def test_rules_and_settings_reach_the_method(model, tmp_path):
     assert (made.cycles, made.stat, made.refine) == (7, "mean", ("attn",))  # type: ignore[attr-defined]
 
 
+def test_yaml_patterns_need_no_quotes(tmp_path):
+    (tmp_path / "r.yaml").write_text("pattern: 2:4\ndensity: 0.5\nseed: 7\nrules: [{where: mlp, density: 1e-1}]\n")
+    made = recipes.read(tmp_path / "r.yaml", {})
+    assert (made.pattern, made.density, made.seed, made.rules[0].density) == ("2:4", 0.5, 7, 0.1)
+    told = recipes.settings(["a=1:30", "b=.5", "c=-3", "d=1.", "e=x1", "f=+2e3", "g=true", "h=12a"])
+    assert told == {"a": "1:30", "b": 0.5, "c": -3, "d": 1.0, "e": "x1", "f": 2000.0, "g": True, "h": "12a"}
+
+
 def test_exit_codes_and_dry_run(model, tmp_path):
     def call(*args):
         full = [sys.executable, "-m", "maskwright.cli.main", *args]

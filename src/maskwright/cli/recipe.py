@@ -3,6 +3,7 @@ and the method it names."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -14,6 +15,26 @@ from maskwright.core.method import card as card_of
 
 if TYPE_CHECKING:
     from maskwright.weights import OneShot
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML whose numbers are decimal: YAML 1.1 reads a bare 2:4 as 124, in base sixty."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    start: [(tag, form) for tag, form in rules if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for start, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_START = list("-+.0123456789")
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=e))(e[-+]?\d+)?$", re.I), _START
+)
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), _START)
+
+
+def from_yaml(text: str) -> Any:
+    """Plain values from YAML text, as `safe_load` gives them but for base sixty. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Yaml)
 
 
 class RuleSpec(BaseModel):
@@ -62,7 +83,7 @@ class Recipe(BaseModel):
 def read(path: Path, given: dict[str, Any]) -> Recipe:
     """A YAML recipe with the command line's values over it. Raises BadInput naming the first wrong key."""
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+        told = from_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -93,7 +114,7 @@ def settings(pairs: list[str]) -> dict[str, Any]:
         if not eq or not key:
             raise BadInput(f"--set takes key=value, got {pair!r}")
         try:
-            out[key] = yaml.safe_load(value)
+            out[key] = from_yaml(value)
         except yaml.YAMLError:
             out[key] = value
     return out
