@@ -44,7 +44,9 @@ def main() -> None:
     }  # fmt: skip
     write_atomic(results_dir() / "threads.json", (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
     rows = [f"| {' and '.join(map(str, counts))} threads | entries that differ | of | share |", "| --- | --- | --- | --- |"]
-    rows += [f"| {run} | {r['differ']:,} | {r['total']:,} | {r['share']:.1e} |" for run, r in shares.items()]
+    for run, r in shares.items():
+        share = f"{r['share']:.1e}" if r["differ"] else "0"
+        rows.append(f"| {run} | {r['differ']:,} | {r['total']:,} | {share} |")
     page, begin, end = Path(__file__).parent.parent / "docs/prune.md", "<!-- threads:begin -->", "<!-- threads:end -->"
     text = page.read_text()
     page.write_text(text.split(begin)[0] + begin + "\n" + "\n".join(rows) + "\n" + end + text.split(end)[1])
