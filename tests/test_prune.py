@@ -58,8 +58,10 @@ def test_every_method_writes_a_folder_that_plain_transformers_loads(model, tmp_p
     from transformers import AutoModelForCausalLM
 
     before = digest(model)
-    report = prune(model, tmp_path / "out", method=method, density=0.5)
-    assert digest(model) == before
+    job = Job(recipes.make(small(model, tmp_path / "out", method=method, density=0.5)), lambda text: None)
+    job.open()
+    plan, report = job.plan(), job.run(lambda *progress: None)
+    assert plan.kept == report["kept"] and digest(model) == before
     masks = MaskSet.load(tmp_path / "out" / "masks.safetensors")
     assert report["kept"] == masks.count == masks.total // 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -185,11 +187,13 @@ def test_text_that_is_not_utf8_existing_output_and_no_disk(model, tmp_path, monk
 
 def test_rules_and_settings_reach_the_method(model, tmp_path):
     rules = [{"where": "layers.*.mlp.*", "pattern": "2:4"}, {"where": "layers.0.*", "dense": True}]
-    prune(model, tmp_path / "out", rules=rules, density=0.25, pattern="unstructured")
+    job = Job(recipes.make(small(model, tmp_path / "out", rules=rules, density=0.23)), lambda text: None)
+    job.open()
+    assert job.plan().kept == job.run(lambda *progress: None)["kept"]
     masks = MaskSet.load(tmp_path / "out" / "masks.safetensors")
     assert masks["model.layers.0.mlp.up_proj.weight"].pattern.spec() == "2:4"
     assert "model.layers.0.self_attn.q_proj.weight" not in masks
-    assert masks["model.layers.1.self_attn.q_proj.weight"].density == 0.25
+    assert masks["model.layers.1.self_attn.q_proj.weight"].count == 32 * round(0.23 * 32)
     made = recipes.build_method(
         recipes.make({"method": "dsnot", "settings": recipes.settings(["cycles=7", "stat=mean", "refine=[attn]"])})
     )

@@ -71,7 +71,7 @@ class Job:
             parameter.detach().flatten()[::512].sum()
         self.seconds["load"] = time.perf_counter() - start
         self.loaded_bytes = _resident()
-        self.chosen, _ = assign(self.method, self.model, self.rules, recipe.seed)
+        self.chosen, self.densities = assign(self.method, self.model, self.rules, recipe.seed)
         self.causal = self.tokenizer is not None and getattr(self.model, "get_output_embeddings", lambda: None)() is not None
         needed = bool(self.method.needs or self.method.allocation.needs_facts)
         self.batches: list[Tensor] | None = None
@@ -112,7 +112,7 @@ class Job:
         fresh = 0
         steps = solve(
             self.model, self.method, self.batches, seed=self.recipe.seed, rules=self.rules, done=done,
-            counts=self.state.counts(), planned=self.state.keep_counts if self._looks() else None,
+            counts=self.state.counts(), planned=self.state.keep_counts if self.looks else None,
         )  # fmt: skip
         for index, block in enumerate(steps):
             results += [replace(site, value=None) for site in block.sites]  # new weights are in the model and on disk
@@ -140,7 +140,8 @@ class Job:
         self._publish(final)
         return report
 
-    def _looks(self) -> bool:
+    @property
+    def looks(self) -> bool:
         """Whether the budget looks at the dense model."""
         return self.method.allocation.needs_scores or bool(self.method.allocation.needs_facts)
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from maskwright.weights.solve import counts_of
+
 if TYPE_CHECKING:
     from maskwright.cli.job import Job
 
@@ -28,14 +30,19 @@ class Plan:
 
 
 def plan_of(job: Job) -> Plan:
-    """Sites, exact sizes, and estimates of time and memory from a quick measurement of this machine."""
+    """Sites, exact sizes, and estimates of time and memory from a quick measurement of this machine.
+
+    Kept counts are exact where they follow from shapes alone; a budget that looks at the model decides them later.
+    """
     sizes = {n: s.value.numel() for n, s in job.chosen.items()}
+    counts = {} if job.looks else counts_of(job.method, job.chosen, job.densities, {})
     kinds: dict[str, list[int]] = {}
     for name, site in job.chosen.items():
-        _, units = site.pattern.grid(site.shape)
-        share = (site.pattern.fixed / units) if site.pattern.fixed is not None else _density(job, name)
+        kept = job.densities[name] * sizes[name]
+        if name in counts:
+            kept = int(counts[name].sum()) * site.pattern.unit_size(site.shape)
         row = kinds.setdefault(".".join(name.split(".")[-3:-1]), [0, 0, 0])
-        row[0], row[1], row[2] = row[0] + 1, row[1] + round(share * sizes[name]), row[2] + sizes[name]
+        row[0], row[1], row[2] = row[0] + 1, row[1] + round(kept), row[2] + sizes[name]
     total = sum(sizes.values())
     speed = _gflops()
     calibrate = len(job.batches or ()) * job.recipe.length * total * 2 * 2.6
@@ -49,13 +56,8 @@ def plan_of(job: Job) -> Plan:
         len(sizes), total, every, sum(r[1] for r in kinds.values()),
         len({s.block for s in job.chosen.values()}),
         tuple((k, *v) for k, v in kinds.items()),  # type: ignore[misc]
-        (calibrate + judge) / speed + 15, model_bytes + hidden + (600 << 20), model_bytes * 2 + total // 4,
+        (calibrate + judge) / speed + 15, model_bytes + hidden + total + (700 << 20), model_bytes * 2 + total // 4,
     )  # fmt: skip
-
-
-def _density(job: Job, name: str) -> float:
-    rule = next((r for r in job.rules if job.chosen[name].named(r.where)), None)
-    return job.method.density if rule is None or rule.density is None else rule.density
 
 
 def _gflops() -> float:
