@@ -13,6 +13,7 @@ from maskwright.lab.record import machine, piece_hash, results_dir, versions
 from maskwright.lab.text import text_hash, topics_split
 from maskwright.models.evaluate import Loss, loss, windows
 from maskwright.models.load import files_hash, find, load
+from maskwright.report.pages import between
 
 METHODS, PATTERNS = ("magnitude", "wanda", "sparsegpt"), ("unstructured", "4:8", "2:4")
 
@@ -53,10 +54,7 @@ def table(told: dict, page: Path) -> None:
     dense = told["dense"]
     rows.append("")
     rows.append(f"Dense: {dense['value']:.2f} ± {dense['stderr']:.2f}. Made by `benchmarks/nine_runs.py`.")
-    text = page.read_text()
-    begin, end = "<!-- ninerun:begin -->", "<!-- ninerun:end -->"
-    head, tail = text.split(begin)[0], text.split(end)[1]
-    page.write_text(head + begin + "\n" + "\n".join(rows) + "\n" + end + tail)
+    page.write_text(between(page.read_text(), "\n".join(rows), "<!-- ninerun:begin -->", "<!-- ninerun:end -->"))
 
 
 if __name__ == "__main__":

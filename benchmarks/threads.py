@@ -16,6 +16,7 @@ from maskwright.lab.record import machine, results_dir, versions
 from maskwright.lab.text import text_hash, topics_split
 from maskwright.models.evaluate import windows
 from maskwright.models.load import files_hash, find, load
+from maskwright.report.pages import between
 
 RUNS = [("wanda", "unstructured"), ("wanda", "2:4"), ("sparsegpt", "unstructured"), ("sparsegpt", "2:4")]
 RUNS += [("dsnot", "unstructured"), ("magnitude", "unstructured")]
@@ -47,9 +48,8 @@ def main() -> None:
     for run, r in shares.items():
         share = f"{r['share']:.1e}" if r["differ"] else "0"
         rows.append(f"| {run} | {r['differ']:,} | {r['total']:,} | {share} |")
-    page, begin, end = Path(__file__).parent.parent / "docs/prune.md", "<!-- threads:begin -->", "<!-- threads:end -->"
-    text = page.read_text()
-    page.write_text(text.split(begin)[0] + begin + "\n" + "\n".join(rows) + "\n" + end + text.split(end)[1])
+    page = Path(__file__).parent.parent / "docs/prune.md"
+    page.write_text(between(page.read_text(), "\n".join(rows), "<!-- threads:begin -->", "<!-- threads:end -->"))
 
 
 if __name__ == "__main__":

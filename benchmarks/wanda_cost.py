@@ -3,27 +3,25 @@
 Memory: the peak above that after loading, against 500 MiB + the hidden states (a block's activations come on top)."""
 
 import json
-import resource
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
+from maskwright.lab.record import peak_bytes, resident_bytes
 from maskwright.lab.text import topics_split
 from maskwright.models.evaluate import windows
-from maskwright.models.load import find, load
+from maskwright.models.load import find, load, read_in
 from maskwright.weights.wanda import Wanda
 
 
 def main() -> None:
     model, tokenizer = load(find("default"))
     batches = windows(tokenizer, topics_split()[0], 8, 512, seed=0)
-    for parameter in model.parameters():
-        parameter.detach().flatten()[::512].sum()  # the file is mapped: every page is read before memory is noted
-    loaded = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    read_in(model)
+    loaded = resident_bytes()
     Wanda(density=0.5).masks(model, batches)  # alone, for its peak: the plain forward holds logits
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     plain, ours = [], []
     for _ in range(3):
         start = time.perf_counter()

@@ -43,10 +43,14 @@ def small(model, out, **more):
     return {"model": str(model), "out": str(out), "samples": 6, "length": 32, "windows": 4, "sample_tokens": 4, **more}
 
 
-def prune(model, out, **more):
+def opened(model, out, **more):
     job = Job(recipes.make(small(model, out, **more)), lambda text: None)
     job.open()
-    return job.run(lambda *progress: None)
+    return job
+
+
+def prune(model, out, **more):
+    return opened(model, out, **more).run(lambda *progress: None)
 
 
 def digest(folder):
@@ -58,10 +62,9 @@ def test_every_method_writes_a_folder_that_plain_transformers_loads(model, tmp_p
     from transformers import AutoModelForCausalLM
 
     before = digest(model)
-    job = Job(recipes.make(small(model, tmp_path / "out", method=method, density=0.5)), lambda text: None)
-    job.open()
-    plan, report = job.plan(), job.run(lambda *progress: None)
-    assert plan.kept == report["kept"] and digest(model) == before
+    job = opened(model, tmp_path / "out", method=method, density=0.5)
+    report = job.run(lambda *progress: None)
+    assert job.plan.kept == report["kept"] and digest(model) == before
     masks = MaskSet.load(tmp_path / "out" / "masks.safetensors")
     assert report["kept"] == masks.count == masks.total // 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -187,9 +190,8 @@ def test_text_that_is_not_utf8_existing_output_and_no_disk(model, tmp_path, monk
 
 def test_rules_and_settings_reach_the_method(model, tmp_path):
     rules = [{"where": "layers.*.mlp.*", "pattern": "2:4"}, {"where": "layers.0.*", "dense": True}]
-    job = Job(recipes.make(small(model, tmp_path / "out", rules=rules, density=0.23)), lambda text: None)
-    job.open()
-    assert job.plan().kept == job.run(lambda *progress: None)["kept"]
+    job = opened(model, tmp_path / "out", rules=rules, density=0.23)
+    assert job.plan.kept == job.run(lambda *progress: None)["kept"]
     masks = MaskSet.load(tmp_path / "out" / "masks.safetensors")
     assert masks["model.layers.0.mlp.up_proj.weight"].pattern.spec() == "2:4"
     assert "model.layers.0.self_attn.q_proj.weight" not in masks

@@ -72,11 +72,9 @@ _COLOURS = {"holds": "green", "does not hold": "red"}
 def _table(found: list[Row]) -> None:
     # Plain text: rich alone would cost a fifth of the start-up. Into a pipe nothing is cut or wrapped: one line a room.
     heads = ("room", "paper", "year", "when", "claim", "twin fails")
-    lines = [
-        (f"{c.place}/{c.slug}", c.title, str(c.year), c.when, row.verdict_text, row.twin_text)
-        for row in sorted(found, key=lambda r: (PLACES.index(r.card.place), r.card.baseline, r.card.slug))
-        for c in (row.card,)
-    ]
+    found = sorted(found, key=lambda row: (PLACES.index(row.card.place), row.card.baseline, row.card.slug))
+    rooms = [(f"{r.card.place}/{r.card.slug}", r.card.title, str(r.card.year), r.card.when) for r in found]
+    lines = [(*room, row.verdict_text, row.twin_text) for room, row in zip(rooms, found, strict=True)]
     widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
     terminal = sys.stdout.isatty()
     if terminal:

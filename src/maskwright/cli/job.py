@@ -7,11 +7,11 @@ more to get the hidden states, and goes on: the same bits as in one run.
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from maskwright.cli.plan import Plan, plan_of
 from maskwright.cli.recipe import Recipe, build_method
 from maskwright.cli.unfinished import Unfinished
 from maskwright.core.errors import BadInput
-from maskwright.lab.record import machine, versions
+from maskwright.lab.record import machine, resident_bytes, versions
 from maskwright.lab.text import text_hash, topics_split
 from maskwright.models.evaluate import loss, read_text, sample, windows
-from maskwright.models.load import Source, files_hash, find, load
+from maskwright.models.load import Source, files_hash, find, load, read_in
 from maskwright.models.save import save
 from maskwright.report.model_card import model_card
 from maskwright.report.page import put, write
@@ -66,11 +66,9 @@ class Job:
         start = time.perf_counter()
         self.source: Source = find(recipe.model)
         self.model, self.tokenizer = load(self.source)
-        # Weight files are mapped: one number of every page is read, so that what loading takes is not counted later.
-        for parameter in self.model.parameters():
-            parameter.detach().flatten()[::512].sum()
+        read_in(self.model)  # so that what loading takes is not counted later
         self.seconds["load"] = time.perf_counter() - start
-        self.loaded_bytes = _resident()
+        self.loaded_bytes = resident_bytes()
         self.chosen, self.densities = assign(self.method, self.model, self.rules, recipe.seed)
         self.causal = self.tokenizer is not None and getattr(self.model, "get_output_embeddings", lambda: None)() is not None
         needed = bool(self.method.needs or self.method.allocation.needs_facts)
@@ -91,13 +89,14 @@ class Job:
             return path, read_text(Path(path))
         return ("Python help topics, calibration part", "Python help topics, held-out part")[side], topics_split()[side]
 
+    @cached_property
     def plan(self) -> Plan:
         """Sites, exact sizes, and estimates of time, memory and disk."""
         return plan_of(self)
 
     def run(self, progress: Callable[[int, int, str, float], None]) -> dict[str, Any]:
         """Do it. `progress(done, total, label, seconds left)` is called after each block. Returns the report."""
-        need = self.plan().disk
+        need = self.plan.disk
         if free_disk(self.work) < need:
             raise BadInput(
                 f"{self.work.parent}: {need >> 20} MiB of disk are needed, {free_disk(self.work) >> 20} MiB are free"
@@ -179,11 +178,3 @@ class Job:
         told = {"loss": list(found), "samples": texts, "tokens_per_second": speed}
         self.state.keep_quality(when, told)
         return told
-
-
-def _resident() -> int:
-    """Bytes of memory this process holds now; its peak so far where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

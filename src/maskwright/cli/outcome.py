@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from maskwright.core.mask import Mask
 from maskwright.core.maskset import MaskSet
 from maskwright.core.method import card as card_of
-from maskwright.lab.record import machine, versions
+from maskwright.lab.record import machine, peak_bytes, versions
 from maskwright.lab.text import text_hash
 from maskwright.models.evaluate import Loss
 from maskwright.report.picture import density_png, mask_png
@@ -76,7 +75,7 @@ def outcome(
             for n, m in masks.items()
         ],
         "pictures": _pictures(masks), "speed": speed, "seconds": job.seconds,
-        "memory": {"peak_bytes": _peak(), "after_loading_bytes": job.loaded_bytes},
+        "memory": {"peak_bytes": peak_bytes(), "after_loading_bytes": job.loaded_bytes},
         "calibration": {
             "source": job.calibration[0], "sha256": text_hash(job.calibration[1]),
             "tokens": len(job.batches) * job.recipe.length, "windows": len(job.batches),
@@ -95,7 +94,3 @@ def _pictures(masks: Mapping[str, Mask], most: int = 6) -> list[dict[str, str]]:
         out.append({"site": name, "caption": "top-left 128 x 128 entries; dark = kept", "png": mask_png(mask.keep)})
         out.append({"site": name, "caption": "kept share by tile of 16 x 16", "png": density_png(mask.keep, 16)})
     return out
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -60,7 +60,7 @@ def prune(
     show = _Show()
     job = Job(chosen, show.say)
     job.open()
-    plan = job.plan()
+    plan = job.plan
     show.plan(job, plan)
     if dry_run:
         if as_json:

@@ -89,6 +89,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_bytes() -> int:
+    """The most memory this process has held so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now; its peak so far where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_bytes()
+
+
 def results_dir() -> Path:
     """`results/` of the checkout this package lies in, or of the working folder when it was installed elsewhere."""
     root = _PACKAGE.parent.parent

@@ -54,7 +54,8 @@ def room_page(row: Row) -> str:
     effects = row.result.get("effects")
     if isinstance(effects, list) and effects and all(isinstance(e, dict) for e in effects):
         parts += ["## Last full check", markdown(*_effects(effects))]
-        parts += [markdown(*_arms(row.result.get("spread") or {}, {str(e.get("figure")) for e in effects}))]
+        if spread := row.result.get("spread"):
+            parts += [markdown(*_arms(spread, {str(e.get("figure")) for e in effects}))]
     return "\n\n".join(parts) + "\n"
 
 

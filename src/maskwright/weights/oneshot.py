@@ -21,6 +21,7 @@ from maskwright.weights.solve import SiteResult, Solved, maskset, solve
 from maskwright.weights.walk import Batch
 
 Within = Literal["tensor", "row", "global"]
+Backup = dict[str, tuple[WeightSite, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class OneShot(ABC):
         statistics. Raises BadInput naming the site for NaN weights or activations, shapes the pattern does not
         fit, or missing calibration.
         """
-        backup: dict[str, tuple[WeightSite, Tensor]] = {}
+        backup: Backup = {}
         try:
             return self._run(model, batches, seed, backup)
         finally:
@@ -98,11 +99,11 @@ class OneShot(ABC):
         """As `masks`, but in place: zeros are written, and new weights where the method has them."""
         return self._run(model, batches, seed, None)
 
-    def _run(self, model: nn.Module, batches: Sequence[Batch] | None, seed: int, backup: Any) -> MaskSet:
+    def _run(self, model: nn.Module, batches: Sequence[Batch] | None, seed: int, backup: Backup | None) -> MaskSet:
         results: list[SiteResult] = []
         due: list[str] = []
         for block in solve(model, self, batches, seed=seed, backup=backup, sample_rows=0):
-            if backup:
+            if backup is not None:
                 _put_back(backup, due)
             due = [r.name for r in block.sites] if block.settled else []
             results += [replace(r, value=None) for r in block.sites]
@@ -110,7 +111,7 @@ class OneShot(ABC):
 
 
 @torch.no_grad()
-def _put_back(backup: dict[str, tuple[WeightSite, Tensor]], names: Sequence[str]) -> None:
+def _put_back(backup: Backup, names: Sequence[str]) -> None:
     for name in names:
         site, old = backup.pop(name)
         site.parameter.copy_(old)

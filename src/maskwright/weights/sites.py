@@ -151,11 +151,10 @@ def maskable(model: nn.Module) -> dict[str, WeightSite]:
                 continue
             owners.setdefault(id(parameter), []).append((module, attribute))
             name = f"{path}.{attribute}" if path else attribute
-            if names.setdefault(id(parameter), []):
-                names[id(parameter)].append(name)
-                continue
-            names[id(parameter)].append(name)
-            found[name] = WeightSite(name, parameter, _layout(module, parameter), ())
+            known = names.setdefault(id(parameter), [])
+            known.append(name)
+            if len(known) == 1:
+                found[name] = WeightSite(name, parameter, _layout(module, parameter), ())
     block_of: dict[int, int] = {}
     for _, blocks in chains(model):
         start = len(set(block_of.values()))

@@ -164,7 +164,7 @@ def solve(
 
     done: results of an earlier, interrupted run by label; they are applied, not solved again, so the rest comes
     out bit for bit as in one run. backup: filled with each weight as it was (for `masks`). counts: the exact counts
-    that the interrupted run gave to `planned`, needed with `done` where the budget looks at the dense model.
+    that the interrupted run found and gave to `planned`, needed with `done` where the budget looks at the dense model.
     sample_rows: input rows kept for a site's reconstruction error; 0 leaves the errors out.
     """
     done = done or {}
@@ -177,7 +177,6 @@ def solve(
         raise BadInput(
             f"{type(method).__name__} needs calibration batches ({', '.join(sorted(method.needs)) or 'outlier shares'})"
         )
-    original = {r.name: r.base for b in done.values() for r in b.sites}
     shares: dict[str, float] = {}
     ranked = chosen
     if counts is None:
@@ -187,11 +186,11 @@ def solve(
             ranked, shares = survey(model, method, batches or (), chosen)
         counts = counts_of(method, ranked, densities, shares)
         del ranked
-    if planned:
-        planned(counts)
-    hashes = {name: original.get(name) or tensor_hash(site.value) for name, site in chosen.items()}
+        if planned:
+            planned(counts)
     for result in done.values():
-        _apply(result, chosen)
+        for r in result.sites:
+            write(chosen[r.name], r.mask, r.value)
         yield result
     labels = frozenset(done)
     if method.needs:
@@ -199,11 +198,12 @@ def solve(
     else:
         steps = _dry_steps(chosen, labels)
     for step in steps:
-        solved = tuple(_solve_site(method, site, counts[site.name], hashes[site.name], backup) for site in step.sites)
+        solved = tuple(_solve_site(method, site, counts[site.name], backup) for site in step.sites)
         yield BlockResult(step.label, solved, step.settled)
 
 
-def _solve_site(method: OneShot, site: WeightSite, counts: Tensor, base: str, backup: Any) -> SiteResult:
+def _solve_site(method: OneShot, site: WeightSite, counts: Tensor, backup: Any) -> SiteResult:
+    base = tensor_hash(site.value)  # still dense: a weight changes in its own turn alone
     try:
         found = method.solve(site, counts)
     except BadInput as error:
@@ -224,11 +224,6 @@ def write(site: WeightSite, mask: Mask, value: Tensor | None) -> None:
     if value is not None:
         site.parameter.copy_(value)
     site.parameter.masked_fill_(~mask.keep, 0)
-
-
-def _apply(result: BlockResult, chosen: Mapping[str, WeightSite]) -> None:
-    for r in result.sites:
-        write(chosen[r.name], r.mask, r.value)
 
 
 def _dry_steps(chosen: Mapping[str, WeightSite], done: frozenset[str]) -> Iterator[Step]:
@@ -256,6 +251,6 @@ def survey(
             weighted = site.matrix.abs() * site.stat("input_norm")
             above[site.block] = above.get(site.block, 0) + int((weighted > multiple * weighted.mean()).sum())
             size[site.block] = size.get(site.block, 0) + weighted.numel()
-            out[site.name] = replace(site, stats={k: v for k, v in site.stats.items() if k != "sample"})
+            out[site.name] = site
     shares = {name: 100 * above[site.block] / size[site.block] for name, site in out.items()}
     return {name: out[name] for name in chosen}, shares

@@ -57,7 +57,7 @@ class InputStatistics:
 
     def __init__(self, needs: frozenset[str], batches: int, sample_rows: int = 512) -> None:
         self.needs, self.rows, self.sequences = needs, 0, 0
-        self._take = -(-sample_rows // max(batches, 1))
+        self._take = max(min(sample_rows, 1), sample_rows // max(batches, 1))  # of each batch; 0 rows asked, 0 taken
         self._square: Any = 0.0
         self._sum: Any = 0.0
         self._gram: Tensor | None = None
