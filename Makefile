@@ -32,8 +32,8 @@ docs: $(READY)
 bench: $(READY)  ## nothing else may run beside it
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
-fuzz: $(READY)  ## the long mutation run of the mask loader (CI runs a shorter one)
-	MASKWRIGHT_MUTATIONS=200000 $(BIN)/python -m pytest tests/test_store_fuzz.py
+fuzz: $(READY)  ## the long mutation run of the mask and packed loaders (CI runs a shorter one)
+	MASKWRIGHT_MUTATIONS=200000 $(BIN)/python -m pytest tests/test_store_fuzz.py tests/test_packed_fuzz.py
 
 setup: $(READY)
 $(READY): pyproject.toml constraints.txt data-requirements.txt

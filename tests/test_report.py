@@ -87,7 +87,27 @@ def made_up_report(blocks: int = 30, ragged: bool = False) -> dict:
         "speed": {
             "before": {"tokens_per_second": 31.2},
             "after": {"tokens_per_second": 31.0},
-            "verdict": "no gain here: dense kernels multiply the zeros too",
+            "packed": {"tokens_per_second": 40.3},
+            "verdict": "1.30 x the dense model from packed weights",
+            "engine": "avx2",
+            "told": "30 of 210 linear layers run packed (avx2)",
+            "layers": [
+                {
+                    "kind": "mlp.up_proj",
+                    "number": 30,
+                    "shape": [1536, 576],
+                    "density": 0.5,
+                    "form": "bitmask",
+                    "dense_ms": 0.2,
+                    "best_dense": "torch",
+                    "best_dense_ms": 0.2,
+                    "packed_ms": 0.15,
+                    "ratio": 1.333,
+                    "dense_bytes": 3538944,
+                    "bytes": 1892352,
+                    "verdict": "packed is faster: 1.33 x dense",
+                }
+            ],
         },
         "seconds": {"load": 4.2, "calibrate and select": 61.7, "evaluate": 83.4, "save": 3.3, "total": 152.6},
         "memory": {"peak_bytes": 2_345_678_901, "after_loading_bytes": 765_432_100},

@@ -1,22 +1,14 @@
-"""Hostile mask files: damaged, edited, forged. Each is refused in one line or loads to exactly what was saved.
+"""Hostile mask files: damaged, edited, forged (see hostile.py). Each is refused in one line or loads to what was saved.
 
-Three kinds of mutation: bytes (flips, cuts, insertions), the header edited as JSON with the digest left alone, and
-a forger who edits the manifest and the payload and makes the digest right again. The forger may of course write
-another valid file; what loads must then be consistent in itself (shape, kept count, pattern, spare bits).
-`MASKWRIGHT_MUTATIONS` sets the number; a failure prints its seed and turn, and `python tests/test_store_fuzz.py
-SEED TURN` writes that one file to look at.
+A forger's file that loads must be consistent in itself (shape, kept count, pattern, spare bits). A failure prints its
+seed and turn, and `python tests/test_store_fuzz.py SEED TURN` writes that one file to look at.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import os
-import random
 import sys
-import time
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import MUTATORS, digest_in_order, join, mutation, split, survive, turns
 
 from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask, SoftMask
@@ -32,15 +25,8 @@ from maskwright.core.pattern import NM, Block, Group, Unstructured, parse
 from maskwright.core.select import generator, select
 from maskwright.core.store import load, save
 
-SEED = 20261124
-TURNS = int(os.environ.get("MASKWRIGHT_MUTATIONS", "10000"))
-SLOWEST = 10.0  # seconds for one load: far above any honest one, far below a hang
-HOSTILE: tuple[Any, ...] = (
-    *(0, 1, -1, 2, 8, 2**31, 2**53, 2**63, 2**64 - 1, 10**30, -(2**63), 1.0, 1.5, 1e308, True, False, None),
-    *("", "x", "hard", "soft", "2:4", "1:4", "unstructured@5", "block:9999999x9999999+pad", "block:1x1x1x1x1x1", "group:"),
-    *("1:99999999999999999999", "2\n\x1b[31mforged", "\ud800", "a" * 5000, "U8", "F32", "BOOL", "I8", "BF16", "F8_E4M3"),
-    *([], {}, [[]], [0], [8, 12], [-8, -12], [1, 96], [96], [0, 10**30], [2**32, 2**32], [1] * 70, ["8", "12"], {"8": 12}),
-)
+TURNS = turns(10_000)
+DIGEST = digest_in_order(lambda manifest: [site["name"] for site in manifest["sites"]])
 
 
 def some() -> dict[str, MaskSet | SoftMaskSet]:
@@ -58,135 +44,6 @@ def some() -> dict[str, MaskSet | SoftMaskSet]:
     made = {"method": "wanda", "seed": 1, "settings": {"density": 0.5, "where": ["a", "b"]}}
     soft = {"s": SoftMask(torch.tensor([[0.0, 0.5], [2.0, 1e-30]])), "t": SoftMask(torch.ones(3), Unstructured((0,)))}
     return {"hard": MaskSet(masks, made, "abc"), "soft": SoftMaskSet(soft, made, "abc"), "none": MaskSet({})}
-
-
-# --- mutations
-
-
-def split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def join(header: str | dict[str, Any], payload: bytes) -> bytes:
-    text = (header if isinstance(header, str) else json.dumps(header)).encode()
-    return len(text).to_bytes(8, "little") + text + payload
-
-
-def poke(rng: random.Random, tree: Any) -> Any:
-    """Replace, delete, copy or add one node somewhere in a JSON value."""
-    if rng.random() < 0.2 or not isinstance(tree, dict | list) or not tree:
-        if isinstance(tree, int) and not isinstance(tree, bool) and rng.random() < 0.5:
-            return tree + rng.choice((-1, 1, 8))
-        return copy.deepcopy(rng.choice(HOSTILE))
-    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
-    key, other = rng.choice(keys), rng.choice(keys)
-    kind = rng.random()
-    if kind < 0.7:
-        tree[key] = poke(rng, tree[key])
-    elif kind < 0.8:
-        del tree[key]
-    elif kind < 0.9:
-        tree[key], tree[other] = tree[other], copy.deepcopy(tree[key])
-    elif isinstance(tree, dict):
-        tree[rng.choice(("", "x", "name", "__metadata__", "a.weight", "digest"))] = copy.deepcopy(tree[key])
-    else:
-        tree.append(copy.deepcopy(tree[key]))
-    return tree
-
-
-def damage(rng: random.Random, data: bytes) -> bytes:
-    """Bytes alone: what disks, cables and editors do."""
-    out, at = bytearray(data), rng.randrange(len(data))
-    match rng.randrange(8):
-        case 0:
-            for _ in range(rng.choice((1, 1, 2, 8))):
-                out[rng.randrange(len(out))] = rng.randrange(256)
-        case 1:
-            out[at] ^= 1 << rng.randrange(8)
-        case 2:
-            del out[at:]
-        case 3:
-            out[at:at] = rng.randbytes(rng.randint(1, 9))
-        case 4:
-            del out[at : at + rng.randint(1, 16)]
-        case 5:
-            size = rng.choice((0, 1, 2, 7, len(data) - 8, len(data), 2**31, 2**40, 2**63, 2**64 - 1))
-            out[:8] = (size if rng.random() < 0.5 else int.from_bytes(out[:8], "little") + rng.randint(-9, 9)).to_bytes(
-                8, "little"
-            )
-        case 6:
-            out += rng.randbytes(rng.randint(1, 64)) if rng.random() < 0.5 else data
-        case 7:
-            out = bytearray(rng.randbytes(rng.randint(0, 64)))
-    return bytes(out)
-
-
-def edit(rng: random.Random, data: bytes) -> bytes:
-    """The header as JSON, the digest left as it was."""
-    header, payload = split(data)
-    meta = header["__metadata__"]
-    match rng.randrange(8):
-        case 0 | 1 | 2:
-            return join(json.dumps(poke(rng, header)), payload)
-        case 3:
-            del meta[rng.choice(list(meta))]
-            return join(header, payload)
-        case 4:
-            manifest = poke(rng, json.loads(meta["maskwright"]))
-            return join(header | {"__metadata__": meta | {"maskwright": json.dumps(manifest)}}, payload)
-        case 5:  # the same key twice, the second one another
-            text, name = json.dumps(header), rng.choice([*header, "maskwright", "digest"])
-            again = json.dumps({name: poke(rng, copy.deepcopy(header.get(name, "x")))})
-            return join(again[:-1] + ", " + text[1:] if rng.random() < 0.5 else text[:-1] + ", " + again[1:], payload)
-        case 6:  # nested deeper than any parser's stack
-            deep = rng.choice(("[", '{"a":')) * rng.choice((100, 1000, 30_000))
-            where = rng.choice(("header", "manifest", "open"))
-            if where == "manifest":
-                header["__metadata__"] = meta | {"maskwright": deep}
-                return join(header, payload)
-            return join(deep if where == "open" else json.dumps(header)[:-1] + ', "x": ' + deep, payload)
-        case _:
-            other = rng.choice((2, 0, -1, "1", 1.5, None, 10**40))
-            version = meta["maskwright"].replace('"version":1', f'"version":{json.dumps(other)}')
-            return join(header | {"__metadata__": meta | {"maskwright": version}}, payload)
-
-
-def forge(rng: random.Random, data: bytes) -> bytes:
-    """Manifest, tensors or payload changed, and the digest made right for them where that can be done."""
-    header, payload = split(data)
-    meta = header.pop("__metadata__")
-    manifest = json.loads(meta["maskwright"])
-    for _ in range(rng.choice((1, 1, 2))):
-        if rng.random() < 0.75:
-            manifest = poke(rng, manifest)
-        elif header and rng.random() < 0.6:
-            header = poke(rng, header)
-    if payload and rng.random() < 0.3:
-        changed = bytearray(payload)
-        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
-        payload = bytes(changed)
-    text = json.dumps(manifest)
-    digest = hashlib.sha256(text.encode())
-    try:
-        for site in manifest["sites"]:
-            start, end = header[site["name"]]["data_offsets"]
-            digest.update(payload[start:end])
-    except (TypeError, KeyError, ValueError, AttributeError):
-        pass
-    tensors = header if isinstance(header, dict) else {"x": header}
-    return join({"__metadata__": {"maskwright": text, "digest": digest.hexdigest()}} | tensors, payload)
-
-
-MUTATORS: tuple[Callable[[random.Random, bytes], bytes], ...] = (damage, edit, forge)
-
-
-def mutation(seed: int, turn: int, files: dict[str, bytes]) -> tuple[str, str, bytes]:
-    """(file mutated, mutator, bytes) of one turn; each turn has its own generator, so any one can be made again."""
-    rng = random.Random(f"{seed}.{turn}")
-    name = rng.choices(list(files), weights=(6, 3, 1))[0]
-    mutator = MUTATORS[turn % len(MUTATORS)]
-    return name, mutator.__name__, mutator(rng, files[name])
 
 
 # --- what must hold
@@ -236,30 +93,13 @@ def test_hostile_files_are_refused_in_one_line_or_load_to_what_was_saved(tmp_pat
         files[name] = path.read_bytes()
         assert_same(load(path), each)
         assert_consistent(load(path), files[name])
-    outcomes: dict[tuple[str, str], int] = {}
-    for turn in range(TURNS):
-        name, how, data = mutation(SEED, turn, files)
-        path.write_bytes(data)
-        began, trouble = time.perf_counter(), ""
-        try:
-            back = load(path)
-        except BadInput as error:
-            said = str(error)
-            assert said.startswith(str(path)) and said.isprintable() and len(said) < len(str(path)) + 400, (SEED, turn, said)
-            outcome = "refused"
-        except BaseException as error:  # a panic in the reader's Rust is no Exception
-            trouble = f"{type(error).__name__}: {error}"
-        else:
-            outcome = "loaded"
-            try:
-                assert_same(back, masks[name]) if how != "forge" else assert_consistent(back, data)
-            except AssertionError as error:
-                trouble = f"loaded to something else: {error}"
-        assert not trouble, f"seed {SEED}, turn {turn} ({how} of the {name} file): {trouble}"
-        assert time.perf_counter() - began < SLOWEST, (SEED, turn)
-        outcomes[how, outcome] = outcomes.get((how, outcome), 0) + 1
+
+    def holds(name: str, how: str, back: MaskSet | SoftMaskSet, data: bytes) -> None:
+        assert_same(back, masks[name]) if how != "forge" else assert_consistent(back, data)
+
+    outcomes = survive(path, files, DIGEST, TURNS, load, holds)
     if TURNS >= 10_000:  # the mutators do what they are for: most are refused, harmless edits and good forgeries pass
-        assert all(outcomes.get((mutator.__name__, "refused"), 0) > TURNS / 6 for mutator in MUTATORS), outcomes
+        assert all(outcomes.get((how, "refused"), 0) > TURNS / 6 for how in MUTATORS), outcomes
         assert outcomes["forge", "loaded"] > TURNS / 100 and outcomes["edit", "loaded"] > 0, outcomes
 
 
@@ -315,4 +155,4 @@ if __name__ == "__main__":
     for key, value in some().items():
         save(value, scratch)
         originals[key] = scratch.read_bytes()
-    scratch.write_bytes(mutation(int(sys.argv[1]), int(sys.argv[2]), originals)[2])
+    scratch.write_bytes(mutation(int(sys.argv[1]), int(sys.argv[2]), originals, DIGEST)[2])

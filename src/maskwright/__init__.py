@@ -20,6 +20,7 @@ _WHERE = {
     "Group": "core.pattern",
     "select": "core.select",
     "draw": "core.select",
+    "accelerate": "weights",
     "attach": "weights",
     "bake": "weights",
     "training": "weights",
@@ -35,6 +36,7 @@ __all__ = [
     "SoftMask",
     "Unstructured",
     "__version__",
+    "accelerate",
     "attach",
     "bake",
     "draw",
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from maskwright.core.method import get, methods
     from maskwright.core.pattern import NM, Block, Group, Unstructured
     from maskwright.core.select import draw, select
-    from maskwright.weights import attach, bake, training
+    from maskwright.weights import accelerate, attach, bake, training
 
 
 def __getattr__(name: str) -> Any:

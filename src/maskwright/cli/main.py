@@ -7,10 +7,13 @@ import sys
 import click
 import typer
 
+from maskwright.cli.bench import bench
 from maskwright.cli.catalogue import cp, list_, show
 from maskwright.cli.check import check
+from maskwright.cli.generate import generate
 from maskwright.cli.lab import lab
 from maskwright.cli.masks import app as mask
+from maskwright.cli.packing import pack, unpack
 from maskwright.cli.prune import prune
 from maskwright.cli.report import report
 from maskwright.core.errors import BadInput
@@ -22,7 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("prune")(prune)
+app.command("generate")(generate)
+app.command("bench")(bench)
 app.command("check")(check)
+app.command("pack")(pack)
+app.command("unpack")(unpack)
 app.command("list")(list_)
 app.command("show")(show)
 app.add_typer(mask, name="mask", help="Look into mask files, combine them, verify checkpoints.")

@@ -144,8 +144,11 @@ class _Show:
             cells = [f"{quality[w]['value']:.2f} ± {quality[w]['stderr']:.2f}" for w in ("before", "after")]
             table.add_row("perplexity", *cells)
         table.add_row("kept weights", f"{report['total']:,}", f"{report['kept']:,}")
-        if speed:
-            table.add_row("tokens/s", *(f"{speed[w]['tokens_per_second']:.1f}" for w in ("before", "after")))
+        paces = {w: f"{speed[w]['tokens_per_second']:.1f}" for w in ("before", "after", "packed") if speed and w in speed}
+        if {"before", "after"} <= paces.keys():
+            table.add_row("tokens/s", paces["before"], paces["after"])
+        if "packed" in paces:
+            table.add_row("tokens/s, packed", "", paces["packed"])
         console = Console(highlight=False)
         console.print(table)
         console.print(f"{out}: model, masks, report.html ({report['seconds']['total']:.0f} s)", soft_wrap=True)

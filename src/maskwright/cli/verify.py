@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from maskwright.core.errors import BadInput
-from maskwright.models.checkpoint import Checkpoint, plain, some
+from maskwright.models.checkpoint import Checkpoint, match, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ def _against_masks(
     if not held:
         raise BadInput(f"{path}: the mask file names no sites")
     names = _chosen(held, where)
-    key_of = _match(names, files)
+    key_of = match(names, files)
     found: dict[str, dict[str, Any]] = {}
     name_of = {key: name for name, key in key_of.items()}
     for key, shape, read in files.each(name_of):
@@ -149,34 +149,3 @@ def _chosen(names: Iterable[str], where: Sequence[str]) -> list[str]:
         if not any(matches(name, asked) for name in every):
             raise BadInput(f"where {asked!r} matches no weight; names look like {', '.join(every[:3])}")
     return [name for name in every if any(matches(name, asked) for asked in where)]
-
-
-def _suffixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(1, len(parts))]
-
-
-def _match(names: Sequence[str], files: Checkpoint) -> dict[str, str]:
-    """Site -> tensor: the exact name, else the one tensor that differs by a prefix either side may lack."""
-    longer: dict[str, list[str]] = {}
-    for key in files.where:
-        for tail in _suffixes(key):
-            longer.setdefault(tail, []).append(key)
-    out: dict[str, str] = {}
-    missing = []
-    for name in names:
-        found = [name] if name in files.where else longer.get(name, []) + [t for t in _suffixes(name) if t in files.where]
-        if len(found) > 1:
-            raise BadInput(f"{files.path}: {name} could be {some(found)}")
-        if found:
-            out[name] = found[0]
-        else:
-            missing.append(name)
-    if missing:
-        raise BadInput(f"{files.path}: holds no tensor for {some(missing)} ({len(missing)} of {len(names)} sites)")
-    taken: dict[str, str] = {}
-    for name, key in out.items():
-        if key in taken:
-            raise BadInput(f"{files.path}: {taken[key]} and {name} would both be {key}")
-        taken[key] = name
-    return out

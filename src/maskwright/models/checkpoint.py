@@ -10,6 +10,8 @@ from typing import Any
 
 from maskwright.core.errors import BadInput
 
+PACKED = '"format":"maskwright.packed"'  # stands in a packed file's manifest and in no other
+
 
 class Checkpoint:
     """The tensors of a .safetensors file, a shard index or a model folder, read one at a time."""
@@ -48,11 +50,15 @@ class Checkpoint:
 
     def _is_mask(self, file: Path) -> bool:
         with _opened(file) as handle:
-            return "maskwright" in (handle.metadata() or {})
+            meta = handle.metadata() or {}
+        return "maskwright" in meta and PACKED not in meta["maskwright"]
 
     def _keys(self, file: Path) -> list[str]:
         with _opened(file) as handle:
-            if "maskwright" in (handle.metadata() or {}):
+            meta = handle.metadata() or {}
+            if PACKED in meta.get("maskwright", ""):
+                raise BadInput(f"{file}: a packed checkpoint: `maskwright unpack` gives it back dense")
+            if "maskwright" in meta:
                 raise BadInput(f"{file}: a mask file, not a checkpoint")
             return list(handle.keys())
 
@@ -104,6 +110,40 @@ def _index(path: Path) -> list[tuple[Path, set[str]]]:
         if not (path.parent / file).is_file():
             raise BadInput(f"{path}: the shard {plain(file)} is missing")
     return [(path.parent / file, keys) for file, keys in shards.items()]
+
+
+def _suffixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
+
+
+def match(names: Sequence[str], files: Checkpoint) -> dict[str, str]:
+    """Site -> tensor: the exact name, else the one tensor that differs by a prefix either side may lack.
+
+    Raises BadInput for a site without a tensor, with several, or with another site's.
+    """
+    longer: dict[str, list[str]] = {}
+    for key in files.where:
+        for tail in _suffixes(key):
+            longer.setdefault(tail, []).append(key)
+    out: dict[str, str] = {}
+    missing = []
+    for name in names:
+        found = [name] if name in files.where else longer.get(name, []) + [t for t in _suffixes(name) if t in files.where]
+        if len(found) > 1:
+            raise BadInput(f"{files.path}: {name} could be {some(found)}")
+        if found:
+            out[name] = found[0]
+        else:
+            missing.append(name)
+    if missing:
+        raise BadInput(f"{files.path}: holds no tensor for {some(missing)} ({len(missing)} of {len(names)} sites)")
+    taken: dict[str, str] = {}
+    for name, key in out.items():
+        if key in taken:
+            raise BadInput(f"{files.path}: {taken[key]} and {name} would both be {key}")
+        taken[key] = name
+    return out
 
 
 def some(names: Sequence[str]) -> str:

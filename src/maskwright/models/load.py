@@ -105,26 +105,39 @@ def quiet() -> Iterator[Any]:
             enable_progress_bars()
 
 
-def load(source: Source) -> tuple[Any, Any]:
-    """(model in float32 and eval mode, tokenizer or None). The class is the one the config names.
+def class_of(folder: Path) -> tuple[Any, Any]:
+    """(config, model class) that a folder's config names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    return config, getattr(transformers, named, None) or transformers.AutoModel
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def load(source: Source, dtype: Any = None) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer or None). The class is the one the config names. dtype: float32 when None.
 
     Raises BadInput for a folder that transformers cannot load, in one line.
     """
     import torch
 
-    with quiet() as transformers:
+    with quiet():
         try:
-            config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
-            named = (getattr(config, "architectures", None) or [""])[0]
-            kind = getattr(transformers, named, None) or transformers.AutoModel
-            model = kind.from_pretrained(source.folder, dtype=torch.float32, local_files_only=True)
+            kind = class_of(source.folder)[1]
+            model = kind.from_pretrained(source.folder, dtype=dtype or torch.float32, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BadInput(f"{source.folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError):
-            tokenizer = None
-    return model.eval(), tokenizer
+        return model.eval(), read_tokenizer(source.folder)
 
 
 def read_in(model: Any) -> None:

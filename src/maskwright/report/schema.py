@@ -84,10 +84,30 @@ class _Pace(_Part):
     tokens_per_second: float
 
 
-class _Speed(_Part):
-    before: _Pace
-    after: _Pace
+class _Layer(_Part):
+    kind: str
+    number: int
+    shape: list[int]
+    density: float
+    form: str
+    dense_ms: float
+    best_dense: str = ""
+    best_dense_ms: float
+    packed_ms: float
+    ratio: float
+    dense_bytes: int
+    bytes: int
     verdict: str = ""
+
+
+class _Speed(_Part):
+    before: _Pace | None = None
+    after: _Pace | None = None
+    packed: _Pace | None = None
+    verdict: str = ""
+    engine: str = ""
+    told: str = ""
+    layers: list[_Layer] = []
 
 
 class _Memory(_Part):

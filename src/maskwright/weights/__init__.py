@@ -1,6 +1,8 @@
 """Masks on weights: find sites, prune in one shot, train under a mask, attach, bake."""
 
 from maskwright.core.gate import hard, ste
+from maskwright.kernels.packed_linear import PackedLinear
+from maskwright.weights.accelerated import Acceleration, accelerate
 from maskwright.weights.apply import attach, bake
 from maskwright.weights.oneshot import ByScore, OneShot
 from maskwright.weights.scores import input_weighted
@@ -9,13 +11,16 @@ from maskwright.weights.solve import Rule, Solved
 from maskwright.weights.train import MaskedTraining, Run, training
 
 __all__ = [
+    "Acceleration",
     "ByScore",
     "MaskedTraining",
     "OneShot",
+    "PackedLinear",
     "Rule",
     "Run",
     "Solved",
     "WeightSite",
+    "accelerate",
     "attach",
     "bake",
     "hard",

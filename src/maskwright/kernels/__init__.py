@@ -1,0 +1,1 @@
+"""Native CPU kernels: what a mask saves in bytes and time. Imports only core."""
