@@ -9,34 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_llama
 
 from maskwright.cli import recipe as recipes
 from maskwright.cli.job import Job
 from maskwright.core.errors import BadInput
 from maskwright.core.maskset import MaskSet
-from maskwright.lab.text import topics_split
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator(
-        [topics_split()[0]], trainers.WordLevelTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"])
-    )
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=1, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
-        )  # fmt: skip
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
 def small(model, out, **more):

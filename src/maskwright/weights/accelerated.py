@@ -107,11 +107,12 @@ def accelerate(
             found = _dense_weight(module)
             if found is None or uses[id(module.weight)] > 1 or found.dtype not in FLOATS:
                 continue
-            weight, density = found, int(torch.count_nonzero(found)) / max(1, found.numel())
+            weight, keep = found, found != 0
+            density = int(keep.sum()) / max(1, weight.numel())
             sparsest = min(sparsest, density)
             if density > SPARSE_BELOW:
                 continue
-            packed = pack(weight, values=values)
+            packed = pack(weight, keep, values)  # by the mask, so that -0.0, which adds nothing, takes no room
         forms = forms_of(packed)
         key = known.key(weight, packed.density, packed.values.dtype, forms)
         speed = None if remeasure and key not in fresh else known.get(key)

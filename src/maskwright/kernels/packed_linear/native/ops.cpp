@@ -51,6 +51,11 @@ void check_flat(const at::Tensor& t, at::ScalarType dtype, int64_t size, const c
               size, " contiguous ", dtype, ", got ", t.sizes(), " ", t.scalar_type());
 }
 
+void check_bias(const std::optional<at::Tensor>& bias, int64_t rows) {
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == rows), "packed_linear: a bias of ", bias->sizes(), " for ", rows,
+              " rows");
+}
+
 // x as float32 rows padded with zeros (and as bfloat16 where asked), or transposed into lanes.
 struct Input {
   std::vector<float> f32;
@@ -98,8 +103,8 @@ at::Tensor finished(const std::vector<float>& y, const at::Tensor& x, int64_t ba
   sizes.back() = rows;
   at::Tensor out = at::empty(sizes, x.options());
   std::vector<float> add(rows, 0.0f);
+  check_bias(bias, rows);
   if (bias) {
-    TORCH_CHECK(bias->numel() == rows, "packed_linear: a bias of ", bias->sizes(), " for ", rows, " rows");
     const at::Tensor plain = bias->contiguous();
     Input::each(plain, 1, rows, [&](int64_t, int64_t r, float v) { add[r] = v; });
   }
@@ -133,7 +138,8 @@ struct Call {
     job.rows = rows;
     job.cols = x.size(-1);
     job.kept = values.numel();
-    job.batch = job.cols ? x.numel() / job.cols : 0;
+    job.batch = 1;
+    for (const int64_t size : x.sizes().slice(0, x.dim() - 1)) job.batch *= size;
     if (scale) {
       check_flat(*scale, at::kFloat, rows, "scale");
       job.scale = scale->const_data_ptr<float>();
@@ -149,7 +155,10 @@ struct Call {
     job.y = y.data();
     // A thread must have work worth its start: some 30 microseconds.
     const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 17) / std::max<int64_t>(1, job.cols * job.batch));
-    at::parallel_for(0, job.rows, grain, [&](int64_t first, int64_t last) { kernel(dtype, job, first, last); });
+    // In whole groups of rows, so that the number of threads changes no bit.
+    at::parallel_for(0, (job.rows + TOGETHER - 1) / TOGETHER, std::max<int64_t>(1, grain / TOGETHER), [&](int64_t a, int64_t b) {
+      kernel(dtype, job, a * TOGETHER, std::min(b * TOGETHER, job.rows));
+    });
     return finished(y, x, job.batch, job.rows, bias);
   }
 };
@@ -159,6 +168,7 @@ struct Call {
 template <class Expand>
 at::Tensor by_blocks(const Call& call, const std::optional<at::Tensor>& bias, Expand&& expand) {
   const Job& job = call.job;
+  check_bias(bias, job.rows);
   const bool half = call.set.dot_bf16 && call.dtype == Dtype::bf16 && call.x.scalar_type() == at::kBFloat16;
   const auto kind = call.x.options().dtype(half ? at::kBFloat16 : at::kFloat);
   const at::Tensor x = call.x.reshape({job.batch, job.cols}).to(kind.dtype().toScalarType());
@@ -219,6 +229,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& values, const at
 at::Tensor indexed_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const at::Tensor& bases,
                           const at::Tensor& row_groups, const std::optional<at::Tensor>& scale,
                           const std::optional<at::Tensor>& bias, int64_t dense_from, c10::string_view impl) {
+  TORCH_CHECK(row_groups.numel() > 0, "packed_linear: row_groups is empty");
   Call call(x, values, scale, row_groups.numel() - 1, impl);
   Job& job = call.job;
   check_flat(offsets, at::kByte, values.numel(), "offsets");
