@@ -68,7 +68,7 @@ def check_indexed(weight: Indexed) -> Indexed:
     sizes = (weight.offsets.numel(), weight.values.numel(), len(starts)) == (groups * GROUP, groups * GROUP, rows + 1)
     if not kinds or not sizes or starts[0] != 0 or starts[-1] != groups or (torch.diff(starts) < 0).any():
         raise BadInput(f"the index of a weight of shape {tuple(weight.shape)} does not fit its {groups} groups")
-    column = weight.bases[:, None] + weight.offsets.view(-1, GROUP)
+    column = weight.bases[:, None].long() + weight.offsets.view(-1, GROUP)
     if groups and (weight.bases.min() < 0 or column.max() >= cols):
         raise BadInput(f"a column of the index lies outside the shape {tuple(weight.shape)}")
     if (weight.values.dtype == torch.int8) != (weight.scale is not None) or not torch.isfinite(weight.values).all():

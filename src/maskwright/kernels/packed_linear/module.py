@@ -57,9 +57,10 @@ class PackedLinear(nn.Module):
         return torch.ops.maskwright.indexed_linear(x, *parts, self.bias, self.dense_from)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        scale = self.scale
         super()._apply(fn, recurse)
-        if self.scale is not None:  # half() and to(bfloat16) are meant for values, and int8 ones are not floats
-            self.scale = self.scale.float()
+        if scale is not None and self.scale is not None:  # half() and to(bfloat16) are meant for values, and int8 ones are not floats
+            self.scale = self.scale.float() if scale.is_meta else scale.to(self.scale.device)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

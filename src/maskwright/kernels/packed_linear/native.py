@@ -16,13 +16,13 @@ from maskwright.core.cache import building, cache_dir
 
 _SOURCES = Path(__file__).with_name("native")
 _COMMON = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w")
-_SETS = {
+_SETS = {  # first the code for every CPU: where two files hold the same library function, the linker takes its copy
+    "ops": (),
     "avx2": ("-mavx2", "-mfma", "-mbmi2", "-mpopcnt", "-mf16c"),
     "avx512": (
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi2", "-mavx512bf16",
         "-mfma", "-mbmi2", "-mpopcnt", "-mf16c",
     ),
-    "ops": (),
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ _BLOCK = 1 << 22  # entries of the dense weight made at a time
 
 def packed_linear(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, scale: Tensor | None, bias: Tensor | None,
-    step: int, dense_from: int, impl: str,
+    step: int, dense_from: int, impl: str = "",
 ) -> Tensor:  # fmt: skip
     """x (..., cols) times the transposed packed weight, plus bias: (..., rows) in the dtype of x."""
     cols, at = x.shape[-1], torch.arange(8, dtype=torch.uint8)
@@ -31,7 +31,7 @@ def packed_linear(
 
 def indexed_linear(
     x: Tensor, values: Tensor, offsets: Tensor, bases: Tensor, row_groups: Tensor, scale: Tensor | None,
-    bias: Tensor | None, dense_from: int, impl: str,
+    bias: Tensor | None, dense_from: int, impl: str = "",
 ) -> Tensor:  # fmt: skip
     """The same from the index layout."""
     cols = x.shape[-1]
@@ -46,7 +46,7 @@ def indexed_linear(
     return _joined(parts, x, bias)
 
 
-def dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, impl: str) -> Tensor:
+def dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, impl: str = "") -> Tensor:
     """The same from a dense weight (rows, cols) of any value dtype."""
     return _joined([_product(x, weight.float(), scale, 0, weight.shape[0])], x, bias)
 

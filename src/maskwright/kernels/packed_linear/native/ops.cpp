@@ -187,7 +187,7 @@ at::Tensor by_blocks(const Call& call, const std::optional<at::Tensor>& bias, Ex
     at::Tensor slice = out.narrow(1, first, last - first);
     at::mm_out(slice, x, part.t());
   }
-  if (bias) out.add_(*bias);
+  if (bias) out = out.to(at::kFloat).add_(*bias);
   auto sizes = call.x.sizes().vec();
   sizes.back() = job.rows;
   return out.to(call.x.scalar_type()).reshape(sizes);

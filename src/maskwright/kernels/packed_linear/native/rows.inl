@@ -1,5 +1,5 @@
 // The kernels, written once over an instruction set `I`. Included by one source file per set: everything here has
-// internal linkage, so that code built for one set is never linked into another.
+// internal linkage, so that code built for one set is not linked into another.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -94,11 +94,11 @@ __attribute__((noinline)) void bitmask_tile(const Job& job, int64_t r, int64_t a
     columns(std::integral_constant<int, 0>{}, [&](auto k) { return static_cast<unsigned>(load_mask(masks + k * bytes, left)); });
   }
   each<R>([&](auto k) {
-    const float unit = (job.scale ? job.scale[r + k] : 1.0f) * I::template unit<T>();
+    const float scale = job.scale ? job.scale[r + k] : 1.0f;
     each<B>([&](auto b) {
       auto total = sum[k][b][0];
       each<A - 1>([&](auto a) { total = I::add(total, sum[k][b][a + 1]); });
-      job.y[(at_b + b) * job.rows + r + k] = I::total(total) * unit;
+      job.y[(at_b + b) * job.rows + r + k] = I::total(total) * I::template unit<T>() * scale;
     });
   });
 }
@@ -269,11 +269,11 @@ void expand_rows(const Job& job, int64_t first, int64_t last, float* out) {
   std::vector<T> copy;
   for (int64_t r = first; r < last; ++r, out += job.cols) {
     const T* p = row_values<T>(job, job.row_offsets[r], row_kept(job, r), copy);
-    const auto unit = I::all((job.scale ? job.scale[r] : 1.0f) * I::template unit<T>());
+    const auto unit = I::all(I::template unit<T>()), scale = I::all(job.scale ? job.scale[r] : 1.0f);
     for (int64_t c = 0; c < job.cols; c += W) {
       const uint8_t* masks = job.bitmask + r * bytes + c / 8;
       const unsigned mask = static_cast<unsigned>(W == 8 ? *masks : load_mask(masks, std::min<int64_t>(2, bytes - c / 8)));
-      const auto w = I::mul(I::expand(p, mask), unit);
+      const auto w = I::mul(I::mul(I::expand(p, mask), unit), scale);
       p += count(mask);
       if (c + W <= job.cols) {
         I::store(out + c, w);
