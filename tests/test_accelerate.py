@@ -188,10 +188,10 @@ def test_generate_and_bench_from_the_command_line(sparse, tmp_path):
     done = run("bench", tmp_path / "packed", "--tokens", 2, "--rounds", 1, "--json")
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
-    assert {"dense float32", "packed", "dense bfloat16"} == set(told["model"])
+    assert {"dense float32", "fastest forms", "all packed", "dense bfloat16"} == set(told["model"])
     assert {row["kind"] for row in told["layers"]} >= {"self_attn.q_proj", "mlp.down_proj"}
     done = run("bench", sparse, "--tokens", 2, "--rounds", 1)
-    assert done.exit_code == 0 and "whole model: packed runs at" in done.stdout and "mlp.down_proj" in done.stdout
+    assert done.exit_code == 0 and "whole model, all packed:" in done.stdout and "mlp.down_proj" in done.stdout
 
 
 def test_commands_refuse_what_they_cannot_run(sparse, tmp_path):

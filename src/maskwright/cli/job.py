@@ -166,20 +166,25 @@ class Job:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _packed(self) -> dict[str, Any] | None:
-        """Layers timed dense and packed, and the speed of the model with each in its faster form; dense ones are freed.
+        """Layers timed dense and packed; the model's speed with each in its faster form, then with all packed.
 
-        None for a model without sparse linear layers, such as one of convolutions.
+        None for a model without sparse linear layers, such as one of convolutions. Its dense weights are freed.
         """
         start = time.perf_counter()
+        paces = {}
         try:
-            told = accelerate(self.model, say=self.say)
+            for when, force in (("accelerated", False), ("packed", True)):
+                told = accelerate(self.model, force=force, say=self.say)
+                if self.causal:
+                    paces[when] = sample(self.model, self.tokenizer, PROMPTS, self.recipe.sample_tokens)[1]
+                if not force:
+                    chosen = told
+                    self.say(str(told))
         except BadInput:
             return None
-        self.say(str(told))
-        pace = sample(self.model, self.tokenizer, PROMPTS, self.recipe.sample_tokens)[1] if self.causal else None
         self.seconds["time the packed form"] = time.perf_counter() - start
-        return {"tokens_per_second": pace, "engine": told.engine.name, "why_portable": told.engine.reason,
-                "told": str(told), "layers": rows(told)}  # fmt: skip
+        return {"paces": paces, "engine": chosen.engine.name, "told": str(chosen), "packed": len(chosen.packed),
+                "layers": rows(chosen)}  # fmt: skip
 
     def _judge(self, when: str) -> dict[str, Any] | None:
         if not self.causal:

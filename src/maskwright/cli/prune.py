@@ -82,6 +82,9 @@ def prune(
         show.result(report, job.out)
 
 
+_PACES = {"before": "", "after": "tokens/s", "accelerated": "  fastest forms", "packed": "  all packed"}
+
+
 class _Show:
     """Plan, progress and result for a person; plain lines where stderr is no terminal."""
 
@@ -144,11 +147,10 @@ class _Show:
             cells = [f"{quality[w]['value']:.2f} ± {quality[w]['stderr']:.2f}" for w in ("before", "after")]
             table.add_row("perplexity", *cells)
         table.add_row("kept weights", f"{report['total']:,}", f"{report['kept']:,}")
-        paces = {w: f"{speed[w]['tokens_per_second']:.1f}" for w in ("before", "after", "packed") if speed and w in speed}
-        if {"before", "after"} <= paces.keys():
-            table.add_row("tokens/s", paces["before"], paces["after"])
-        if "packed" in paces:
-            table.add_row("tokens/s, packed", "", paces["packed"])
+        paces = {w: f"{speed[w]['tokens_per_second']:.1f}" for w in _PACES if speed and w in speed}
+        for when, name in _PACES.items():
+            if name and when in paces:
+                table.add_row(name, paces["before"] if when == "after" and "before" in paces else "", paces[when])
         console = Console(highlight=False)
         console.print(table)
         console.print(f"{out}: model, masks, report.html ({report['seconds']['total']:.0f} s)", soft_wrap=True)

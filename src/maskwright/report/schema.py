@@ -103,6 +103,7 @@ class _Layer(_Part):
 class _Speed(_Part):
     before: _Pace | None = None
     after: _Pace | None = None
+    accelerated: _Pace | None = None
     packed: _Pace | None = None
     verdict: str = ""
     engine: str = ""

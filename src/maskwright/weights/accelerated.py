@@ -73,8 +73,8 @@ class Acceleration:
 
 def _dense_weight(module: nn.Module) -> Tensor | None:
     """The weight (out, in) of a Linear, of GPT-2's Conv1D (known by name, so transformers is not imported), or None."""
-    if type(module) is nn.Linear:
-        return module.weight.detach()
+    if type(module) in (nn.Linear, LoopLinear):
+        return module.weight.detach()  # type: ignore[operator,union-attr]
     transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     return module.weight.detach().T if transposed else None  # type: ignore[operator,union-attr]
 
