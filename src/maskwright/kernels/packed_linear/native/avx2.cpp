@@ -29,7 +29,7 @@ constinit const Tables table;  // made by the compiler: nothing here may run bef
 
 struct Avx2 {
   using F = __m256;
-  static constexpr int lanes = 8, alone = 4, ahead = 1024, dense_ahead = 0;
+  static constexpr int lanes = 8, ahead = 1024, dense_ahead = 0;
   static unsigned mask(const uint8_t* p) { return *p; }
   static F zero() { return _mm256_setzero_ps(); }
   static F all(float v) { return _mm256_set1_ps(v); }

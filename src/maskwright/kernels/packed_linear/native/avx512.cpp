@@ -6,7 +6,7 @@ namespace {
 
 struct Avx512 {
   using F = __m512;
-  static constexpr int lanes = 16, alone = 1, ahead = 2048, dense_ahead = 2048;
+  static constexpr int lanes = 16, ahead = 2048, dense_ahead = 2048;
   static unsigned mask(const uint8_t* p) {
     uint16_t bits;
     std::memcpy(&bits, p, 2);

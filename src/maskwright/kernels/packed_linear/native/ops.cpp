@@ -155,10 +155,7 @@ struct Call {
     job.y = y.data();
     // A thread must have work worth its start: some 30 microseconds.
     const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 17) / std::max<int64_t>(1, job.cols * job.batch));
-    // In whole groups of rows, so that the number of threads changes no bit.
-    at::parallel_for(0, (job.rows + TOGETHER - 1) / TOGETHER, std::max<int64_t>(1, grain / TOGETHER), [&](int64_t a, int64_t b) {
-      kernel(dtype, job, a * TOGETHER, std::min(b * TOGETHER, job.rows));
-    });
+    at::parallel_for(0, job.rows, grain, [&](int64_t first, int64_t last) { kernel(dtype, job, first, last); });
     return finished(y, x, job.batch, job.rows, bias);
   }
 };

@@ -9,7 +9,6 @@ struct f16 { uint16_t bits; };
 enum class Dtype { f32, bf16, f16, i8 };
 
 constexpr int MOST = 16;  // rows of x a call takes at most: one AVX-512 register of float32
-constexpr int TOGETHER = 8;  // rows of W a kernel takes side by side at most; their number may change the order of a sum
 constexpr int64_t PAD = 64;  // columns x is padded to a multiple of, so that no kernel has a tail
 
 // All x and y are float32. `values` may end anywhere: kernels copy rows that lie too near its end.

@@ -50,10 +50,11 @@ inline __attribute__((always_inline)) void each(Do&& run) {  // run(0) ... run(N
 }
 
 // y = x W^T for B rows of x, R rows of W side by side: expand I::lanes columns at a time, in registers.
-// Not inlined: next to other loops GCC spills the row pointers, at half the speed.
+// Not inlined: next to other loops GCC spills the row pointers, at half the speed. The order of a sum depends on B alone,
+// so a row's result does not depend on which rows stand beside it.
 template <class I, class T, int B, int R, bool STEADY>
 __attribute__((noinline)) void bitmask_tile(const Job& job, int64_t r, int64_t at_b, const T* const (&values)[R]) {
-  constexpr int W = I::lanes, BYTES = W / 8, A = B * R <= 2 ? 2 : 1;
+  constexpr int W = I::lanes, BYTES = W / 8, A = B == 1 ? 4 : B == 2 ? 2 : 1;
   const int64_t bytes = (job.cols + 7) / 8, step = job.step * BYTES, stride = job.x_stride;
   const uint8_t* masks = job.bitmask + r * bytes;
   const float* x = job.x + at_b * stride;
@@ -79,12 +80,11 @@ __attribute__((noinline)) void bitmask_tile(const Job& job, int64_t r, int64_t a
   };
   const uint8_t* const end = masks + bytes;
   while (masks + 8 <= end) {
-    // Two lines of values an iteration at most; the masks' own line comes round every eighth.
-    each<R>([&](auto k) {
+    each<R>([&](auto k) {  // at most two lines of values a step; the masks' own line comes round far less often
       prefetch(p[k], I::ahead);
       if (sizeof(T) == 4) prefetch(p[k], I::ahead + 64);
     });
-    // Not unrolled over all eight bytes: the row pointers would spill.
+    // Not unrolled further: with R pointers in flight they would spill.
 #pragma GCC unroll 1
     for (int s = 0; s < 8; s += BYTES * A)
       each<A>([&](auto a) { columns(a, [&](auto k) { return I::mask(masks + k * bytes); }); });
@@ -205,6 +205,7 @@ void indexed_lanes(const Job& job, int64_t first, int64_t last) {
 }
 
 // Rows of a dense weight, R at a time against B rows of x. The honest baseline, and the fallback for dense layers.
+// As above, the order of a sum depends on B alone.
 template <class I, class T, int R, int B>
 inline void dense_tile(const Job& job, int64_t r, const float* x, float* y) {
   constexpr int W = I::lanes, A = B == 1 ? 2 : 1;
@@ -252,13 +253,13 @@ template <class I, class T>
 void dense_any(const Job& job, int64_t first, int64_t last) {
   if (job.batch == 1) return dense_rows<I, T, 8, 1>(job, first, last, 0);
   // Blocks of rows that stay in the cache while x passes over them, four of its rows at a time.
-  const int64_t width = std::max<int64_t>(1, job.cols) * static_cast<int64_t>(sizeof(T));
-  const int64_t rows = std::max<int64_t>(2, (int64_t{1} << 17) / width & ~1);
+  const int64_t rows = std::max<int64_t>(6, (int64_t{1} << 17) / std::max<int64_t>(1, job.cols * sizeof(T)) / 6 * 6);
   for (int64_t r = first; r < last; r += rows) {
     const int64_t end = std::min(r + rows, last);
     int64_t b = 0;
-    for (; b + 4 <= job.batch; b += 4) dense_rows<I, T, 2, 4>(job, r, end, b);
-    for (; b < job.batch; ++b) dense_rows<I, T, 4, 1>(job, r, end, b);
+    for (; b + 4 <= job.batch; b += 4) dense_rows<I, T, 3, 4>(job, r, end, b);
+    for (; b + 2 <= job.batch; b += 2) dense_rows<I, T, 6, 2>(job, r, end, b);
+    if (b < job.batch) dense_rows<I, T, 8, 1>(job, r, end, b);
   }
 }
 
@@ -324,8 +325,9 @@ Kernels kernels(const char* name) {
   k.bitmask = [](Dtype d, const Job& job, int64_t first, int64_t last) {
     with_type(d, [&](auto t) {
       using T = decltype(t);
-      if (job.batch > 1) return bitmask_rows<I, T, 2, false>(job, first, last);
-      job.step ? bitmask_rows<I, T, I::alone, true>(job, first, last) : bitmask_rows<I, T, I::alone, false>(job, first, last);
+      // One row of x: memory is the limit, one stream a thread is best. More: three rows of W share what is read of x.
+      if (job.batch > 1) return bitmask_rows<I, T, 3, false>(job, first, last);
+      job.step ? bitmask_rows<I, T, 1, true>(job, first, last) : bitmask_rows<I, T, 1, false>(job, first, last);
     });
   };
   k.indexed = [](Dtype d, const Job& job, int64_t first, int64_t last) {
