@@ -43,6 +43,8 @@ class Layer:
         """One line: by how much packed wins, or why it does not."""
         if self.ratio >= 1:
             return f"packed is faster: {self.ratio:.2f} x dense"
+        if self.form in ("bitmask", "indexed") and self.ratio * SLACK >= 1:
+            return f"as fast as dense ({self.ratio:.2f} x) in {self.bytes / self.dense_bytes:.2f} of the bytes"
         if self.density > 0.8:
             why = "too few zeros to save reading"
         elif self.shape[0] * self.shape[1] < 1 << 20:
@@ -88,7 +90,8 @@ def accelerate(
 
     Each kind of layer (shape, density, dtype) is timed once against torch and against the kernels' own dense loop;
     speeds are kept in the cache (`remeasure` times them again). A weight that several modules share, or that keeps
-    more than 95%, stays as it is. values: dtype to store (None: the weight's own; torch.int8 is per row).
+    more than 95%, stays as it is. values: dtype to store (None: the weight's own; torch.int8 is per row); layers that are
+    packed already keep theirs.
     force: run every sparse layer packed, also where dense is faster. The model is for inference afterwards.
 
     Raises BadInput when no linear layer is sparse, saying how dense the sparsest is.
@@ -97,7 +100,8 @@ def accelerate(
     known, fresh = Known(), set()
     sparsest = 1.0
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    for path, module in list(model.named_modules()):
+    for path in [name for name, _ in model.named_modules()]:  # by name: a replaced layer must be free to go
+        module = model.get_submodule(path)
         if isinstance(module, PackedLinear):
             packed = module.packed
             if not isinstance(packed, Packed):  # already placed by an earlier call

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from maskwright.core.cache import cache_dir, write_atomic
 from maskwright.kernels.packed_linear import NEVER, Indexed, Packed, PackedLinear, engine, linear
+from maskwright.kernels.packed_linear.native import version
 
 _COLD = 64 << 20  # bytes of weights read before one is read again: more than the caches of the chips this runs on
 _MOST_COPIES = 48
-_LARGE = (16, 64, 256)  # rows of input at which the packed kernel is held against the expanded weight
+_LARGE = (4, 8, 16, 64, 256)  # rows of input at which the packed kernel is held against the expanded weight
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,16 @@ def layer_speed(
     size = sum(w.numel() * w.element_size() for w in given.values()) + sum(form.nbytes for form in forms.values())
     copies = range(min(_MOST_COPIES, max(1, round(_COLD / max(1, size)))))
     calls: dict[str, list[Callable[[], Any]]] = {
-        name: [partial(F.linear, x.to(one.dtype), one.clone()) for _ in copies] for name, one in given.items()
+        name: [partial(F.linear, x.to(one.dtype), one.clone() if i else one) for i in copies] for name, one in given.items()
     }
     x = x.to(weight.dtype)
     if engine().native:
         calls["loop"] = [partial(linear, x, call.args[1]) for call in calls["torch"]]  # type: ignore[attr-defined]
     # As modules: what is found out once about a weight is not found out at every call.
-    calls |= {name: [partial(deepcopy(PackedLinear(form)), x) for _ in copies] for name, form in forms.items()}
+    calls |= {
+        name: [partial(deepcopy(PackedLinear(form)) if i else PackedLinear(form), x) for i in copies]
+        for name, form in forms.items()
+    }
     times = {name: median(values) for name, values in interleaved(calls, max(turns, len(copies))).items()}
     return Speed(times, _dense_from(forms[min(forms, key=lambda name: times[name])], x) if forms else NEVER)
 
@@ -98,14 +102,14 @@ def _machine() -> tuple[str, str]:
 
 
 class Known:
-    """Speeds measured before on this machine, kept in one JSON file of the cache."""
+    """Speeds measured before on this machine, kept in a JSON file of the cache beside the kernels they are of."""
 
     def __init__(self) -> None:
-        self.path = cache_dir() / "kernels" / "speeds.json"
+        self.path = cache_dir() / "kernels" / f"speeds-{version()}.json"
 
     def key(self, weight: Tensor, density: float, values: torch.dtype, forms: Mapping[str, Any]) -> str:
         """What a speed depends on: machine, engine, threads, shape, dtypes and the density to the nearest 0.02."""
-        told = (*_machine(), engine().name, torch.get_num_threads(), torch.__version__, tuple(weight.shape))
+        told = (*_machine(), engine().name, torch.get_num_threads(), tuple(weight.shape))
         return json.dumps([*map(str, told), str(weight.dtype), str(values), round(density * 50) / 50, sorted(forms)])
 
     def read(self) -> dict[str, Any]:

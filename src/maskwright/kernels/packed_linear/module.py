@@ -59,9 +59,8 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         scale = self.scale
         super()._apply(fn, recurse)
-        if (
-            scale is not None and self.scale is not None
-        ):  # half() and to(bfloat16) are meant for values, and int8 ones are not floats
+        # half() and to(bfloat16) are meant for values; int8 ones are no floats, and their scales stay float32.
+        if scale is not None and self.scale is not None:
             self.scale = self.scale.float() if scale.is_meta else scale.to(self.scale.device)
         return self
 

@@ -51,15 +51,21 @@ def load() -> str | None:
     return None
 
 
-def _built() -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+@cache
+def version() -> str:
+    """What the built operators depend on, as 16 hexadecimal digits: sources, flags and torch."""
     digest = hashlib.sha256(repr((torch.__version__, _COMMON, _SETS)).encode())
     for path in sorted(_SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    folder = cache_dir() / "kernels" / f"packed_linear-{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
+
+
+def _built() -> Path:
+    folder = cache_dir() / "kernels" / f"packed_linear-{version()}"
     library = folder / "packed_linear.so"
     if library.is_file():
         return library
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None:
         raise Unavailable("no C++ compiler found (g++) to build the native kernels with")
     root = Path(torch.__file__).parent
