@@ -83,7 +83,7 @@ def layer(shape, dtype, density, batch):
     for name in ("float32", "bfloat16"):
         if name != dtype:
             calls[f"torch {name}"] = partial(F.linear, x.to(DTYPES[name]), weight.to(DTYPES[name]))
-    times = interleaved({name: [call] for name, call in calls.items()}, TURNS if batch == 1 else 7)
+    times = interleaved({name: [call] for name, call in calls.items()}, TURNS if batch == 1 else 7, flush=True)
     base = min(own, key=lambda name: median(times[name]))
     fastest = min((n for n in calls if n not in ("bitmask", "indexed")), key=lambda name: median(times[name]))
     form = min((n for n in ("bitmask", "indexed") if n in calls), key=lambda name: median(times[name]))
@@ -150,7 +150,7 @@ def peers():
         calls |= dict(sparse_peers(weight, x))
         if (run := openvino(weight, x)) is not None:
             calls["OpenVINO int8"] = run
-        found = {name: median(t) for name, t in interleaved({n: [c] for n, c in calls.items()}, 7).items()}
+        found = {name: median(t) for name, t in interleaved({n: [c] for n, c in calls.items()}, 7, flush=True).items()}
         ours = {kind: min(found[n] for n in found if n.startswith(kind)) for kind in ("float32", "int8")}
         over = {n: t / ours["int8" if "int8" in n else "float32"] for n, t in found.items() if n[0] in "tsO"}
         out.append({"density": density, "ms": found, "over": over, "ahead": min(over.values()) >= 1})

@@ -20,8 +20,9 @@ from maskwright.core.cache import cache_dir, write_atomic
 from maskwright.kernels.packed_linear import NEVER, Indexed, Packed, PackedLinear, engine, linear
 from maskwright.kernels.packed_linear.native import version
 
-_COLD = 64 << 20  # bytes of weights read before one is read again: more than the caches of the chips this runs on
+_COLD = 96 << 20  # bytes read before a weight is read again: more than the caches of the chips this runs on
 _MOST_COPIES = 48
+_FEW = 8  # copies, below which a weight is large enough for its caches to be emptied by reading something else
 _LARGE = (4, 8, 16, 64, 256)  # rows of input at which the packed kernel is held against the expanded weight
 
 
@@ -37,12 +38,15 @@ class Speed:
         return min((kind for kind in kinds if kind in self.times), key=lambda kind: self.times[kind])
 
 
-def interleaved(calls: Mapping[str, Sequence[Callable[[], Any]]], turns: int) -> dict[str, list[float]]:
-    """Milliseconds of every call, in turns; the copies of one are taken in rotation, so that none is in a cache."""
+def interleaved(calls: Mapping[str, Sequence[Callable[[], Any]]], turns: int, flush: bool = False) -> dict[str, list[float]]:
+    """Milliseconds of every call, in turns, the copies of one in rotation; `flush` empties the caches before each."""
     found: dict[str, list[float]] = {name: [] for name in calls}
+    other = torch.ones(_COLD // 4) if flush else None
     for turn in range(turns + 1):
         for name, copies in calls.items():
             call = copies[turn % len(copies)]
+            if other is not None:
+                other.sum()
             start = time.perf_counter()
             call()
             if turn:  # the first call prepares what is made once
@@ -65,21 +69,26 @@ def layer_speed(
     """
     x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
     given = {"torch": weight, **(dense or {})}
-    # One round over all forms reads this much; copies make up the rest of what must pass through the caches.
+    # One round over all forms reads this much. Code and tables stay in the caches, as in decoding, where many copies of
+    # a small weight pass through them; a large one is put out of them by reading something else.
     size = sum(w.numel() * w.element_size() for w in given.values()) + sum(form.nbytes for form in forms.values())
-    copies = range(min(_MOST_COPIES, max(1, round(_COLD / max(1, size)))))
+    many = min(_MOST_COPIES, 2 * _COLD // max(1, size))
+    copies = range(many if many >= _FEW else 1)
     calls: dict[str, list[Callable[[], Any]]] = {
         name: [partial(F.linear, x.to(one.dtype), one.clone() if i else one) for i in copies] for name, one in given.items()
     }
     x = x.to(weight.dtype)
     if engine().native:
-        calls["loop"] = [partial(linear, x, call.args[1]) for call in calls["torch"]]  # type: ignore[attr-defined]
+        same = [call.args[1] for call in calls["torch"]]  # type: ignore[attr-defined]
+        # Half a rotation away from torch's turn, or it would find what torch has just read.
+        calls["loop"] = [partial(linear, x, same[i - len(same) // 2]) for i in copies]
     # As modules: what is found out once about a weight is not found out at every call.
     calls |= {
         name: [partial(deepcopy(PackedLinear(form)) if i else PackedLinear(form), x) for i in copies]
         for name, form in forms.items()
     }
-    times = {name: median(values) for name, values in interleaved(calls, max(turns, len(copies))).items()}
+    found = interleaved(calls, max(turns, len(copies)), flush=len(copies) == 1)
+    times = {name: median(values) for name, values in found.items()}
     return Speed(times, _dense_from(forms[min(forms, key=lambda name: times[name])], x) if forms else NEVER)
 
 
