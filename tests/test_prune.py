@@ -52,6 +52,9 @@ def test_every_method_writes_a_folder_that_plain_transformers_loads(model, tmp_p
     assert report["kept"] == masks.count == masks.total // 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
+    assert report["model"]["parameters"] == loaded.num_parameters()
+    layers = report["speed"]["layers"]  # one a kind and form; random weights at density 0.5 are sparse enough for all
+    assert sum(layer["number"] for layer in layers) == len(masks) and all(layer["verdict"] for layer in layers)
     for name, mask in masks.items():
         assert (loaded.get_parameter(name)[~mask.keep] == 0).all()
     names = {p.name for p in (tmp_path / "out").iterdir()}

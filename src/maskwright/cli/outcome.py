@@ -56,7 +56,7 @@ def outcome(
         "format": "maskwright.report", "version": 1,
         "model": {
             "name": job.source.name, "source": job.source.origin, "class": type(job.model).__name__,
-            "parameters": sum(p.numel() for p in job.model.parameters()), "site_parameters": masks.total,
+            "parameters": job.plan.parameters, "site_parameters": masks.total,
             "note": job.source.note, "base_hash": masks.base,
         },
         "method": {

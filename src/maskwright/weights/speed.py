@@ -20,7 +20,7 @@ from maskwright.core.cache import cache_dir, write_atomic
 from maskwright.kernels.packed_linear import NEVER, Indexed, Packed, PackedLinear, engine, linear
 from maskwright.kernels.packed_linear.native import version
 
-_COLD = 96 << 20  # bytes read before a weight is read again: more than the caches of the chips this runs on
+_COLD = 64 << 20  # bytes read before a weight is read again: more than the caches of the chips this runs on
 _MOST_COPIES = 48
 _FEW = 8  # copies, below which a weight is large enough for its caches to be emptied by reading something else
 _LARGE = (4, 8, 16, 64, 256)  # rows of input at which the packed kernel is held against the expanded weight
