@@ -53,7 +53,7 @@ def logits(model):
 
 def fixed(monkeypatch, **times):
     """Speeds as told instead of measured."""
-    monkeypatch.setattr(accelerated, "layer_speed", lambda weight, forms, dense: Speed(
+    monkeypatch.setattr(accelerated, "layer_speed", lambda weight, forms, dense, batch: Speed(
         {name: times[name] for name in ("torch", "loop", *forms)} | dict.fromkeys(dense, 9.0), NEVER))  # fmt: skip
     monkeypatch.setattr(Known, "get", lambda self, key: None)
     monkeypatch.setattr(Known, "put", lambda self, key, speed: None)
@@ -191,7 +191,7 @@ def test_generate_and_bench_from_the_command_line(sparse, tmp_path):
     told = json.loads(done.stdout)
     assert {"dense float32", "fastest forms", "all packed", "dense bfloat16"} == set(told["model"])
     assert {row["kind"] for row in told["layers"]} >= {"self_attn.q_proj", "mlp.down_proj"}
-    done = run("bench", sparse, "--tokens", 2, "--rounds", 1)
+    done = run("bench", sparse, "--tokens", 2, "--rounds", 1, "--batch", 3)
     assert done.exit_code == 0 and "whole model, all packed:" in done.stdout and "mlp.down_proj" in done.stdout
 
 
@@ -204,6 +204,20 @@ def test_commands_refuse_what_they_cannot_run(sparse, tmp_path):
     (dense / "tokenizer.json").unlink()
     done = run("generate", dense, "--prompt", "x")
     assert isinstance(done.exception, BadInput) and "tokenizer" in str(done.exception)
+
+
+def test_forms_are_timed_on_the_batch_that_will_run(model, monkeypatch):
+    seen = []
+
+    def timed(weight, forms, dense, batch):
+        seen.append(batch)
+        return Speed({"torch": 1.0, "bitmask": 0.5 if batch == 1 else 2.0, **dict.fromkeys(dense, 9.0)}, NEVER)
+
+    monkeypatch.setattr(accelerated, "layer_speed", timed)
+    monkeypatch.setattr(Known, "get", lambda self, key: None)
+    monkeypatch.setattr(Known, "put", lambda self, key, speed: None)
+    assert not accelerate(copy.deepcopy(model), batch=8).packed and set(seen) == {8}
+    assert len(accelerate(model).packed) == 28
 
 
 def test_the_top_level_names():

@@ -17,6 +17,7 @@ def bench(
     values: Values = None,
     tokens: Annotated[int, typer.Option(help="Tokens decoded a round.", min=2)] = 8,
     rounds: Annotated[int, typer.Option(help="Rounds of each form, in turns.", min=1)] = 5,
+    batch: Annotated[int, typer.Option(help="Texts decoded side by side.", min=1)] = 1,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -45,7 +46,9 @@ def bench(
     forms = {f"dense {own}": dict(net.named_modules())}
     made = {}
     for form, force in (("fastest forms", False), ("all packed", True)):
-        told = accelerate(net, values=kind, force=force, remeasure=not force, say=lambda text: typer.echo(text, err=True))
+        told = accelerate(
+            net, values=kind, batch=batch, force=force, remeasure=not force, say=lambda text: typer.echo(text, err=True)
+        )
         names = [layer.name for layer in told.layers]
         made[form], forms[form] = told, {name: net.get_submodule(name) for name in names}
         _put(net, forms[f"dense {own}"], names)
@@ -55,13 +58,15 @@ def bench(
         for _ in range(rounds):
             for form, modules in forms.items():
                 _put(net, modules, names)
-                paces.setdefault(form, []).extend(_steps(net, tokens))
+                paces.setdefault(form, []).extend(_steps(net, tokens, batch))
         _put(net, forms[f"dense {own}"], names)
         forms.clear()
         other = torch.float32 if own != "float32" else torch.bfloat16
-        paces[f"dense {_dtype(net.to(other))}"] = _steps(net, tokens * rounds)
-    pace: dict[str, Any] = {form: {"tokens_per_second": 1 / median(steps), "spread": [1 / q for q in _quartiles(steps)]}
-            for form, steps in paces.items()}  # fmt: skip
+        paces[f"dense {_dtype(net.to(other))}"] = _steps(net, tokens * rounds, batch)
+    pace: dict[str, Any] = {
+        form: {"tokens_per_second": batch / median(steps), "spread": [batch / q for q in _quartiles(steps)]}
+        for form, steps in paces.items()
+    }
     found = rows(told)
     if as_json:
         typer.echo(json.dumps({"engine": told.engine.__dict__, "layers": found, "model": pace, "machine": machine()}))
@@ -106,13 +111,13 @@ def _dtype(net: Any) -> str:
     return str(max(set(floats), key=floats.count)).removeprefix("torch.")
 
 
-def _steps(net: Any, tokens: int) -> list[float]:
+def _steps(net: Any, tokens: int, batch: int) -> list[float]:
     import torch
 
     from maskwright.models.evaluate import decode_times
 
     size = net.get_input_embeddings().weight.shape[0]
-    return decode_times(net, (torch.arange(16) * 7 + 5)[None] % size, tokens)
+    return decode_times(net, (torch.arange(16) * 7 + 5).expand(batch, -1) % size, tokens)
 
 
 def _quartiles(steps: list[float]) -> tuple[float, float]:

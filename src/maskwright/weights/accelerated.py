@@ -83,8 +83,8 @@ def _dense_weight(module: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def accelerate(
-    model: nn.Module, *, values: torch.dtype | None = None, force: bool = False, remeasure: bool = False,
-    say: Callable[[str], Any] | None = None,
+    model: nn.Module, *, values: torch.dtype | None = None, batch: int = 1, force: bool = False,
+    remeasure: bool = False, say: Callable[[str], Any] | None = None,
 ) -> Acceleration:  # fmt: skip
     """Replace the sparse linear layers of `model`, in place, by packed ones where that is faster on this machine.
 
@@ -92,6 +92,7 @@ def accelerate(
     speeds are kept in the cache (`remeasure` times them again). A weight that several modules share, or that keeps
     more than 95%, stays as it is. values: dtype to store (None: the weight's own; torch.int8 is per row); layers that are
     packed already keep theirs.
+    batch: rows of input a call that the forms are timed on, 1 for decoding one text; packed wins less, the more there are.
     force: run every sparse layer packed, also where dense is faster. The model is for inference afterwards.
 
     Raises BadInput when no linear layer is sparse, saying how dense the sparsest is.
@@ -118,13 +119,13 @@ def accelerate(
                 continue
             packed = pack(weight, keep, values)  # by the mask, so that -0.0, which adds nothing, takes no room
         forms = forms_of(packed)
-        key = known.key(weight, packed.density, packed.values.dtype, forms)
+        key = known.key(weight, packed.density, packed.values.dtype, forms, batch)
         speed = None if remeasure and key not in fresh else known.get(key)
         if speed is None:
             if say:
                 say(f"timing {weight.shape[0]} x {weight.shape[1]} at density {packed.density:.2f}")
             other = torch.float32 if weight.dtype != torch.float32 else torch.bfloat16
-            speed = layer_speed(weight.contiguous(), forms, dense={f"torch {_name(other)}": weight.to(other)})
+            speed = layer_speed(weight.contiguous(), forms, dense={f"torch {_name(other)}": weight.to(other)}, batch=batch)
             known.put(key, speed)
             fresh.add(key)
         told.layers.append(_replace(model, path, module, weight, forms, speed, force))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskwright.core.cache import cache_dir, write_atomic
-from maskwright.kernels.packed_linear import NEVER, Indexed, Packed, PackedLinear, engine, linear
+from maskwright.kernels.packed_linear import MOST, NEVER, Indexed, Packed, PackedLinear, engine, linear
 from maskwright.kernels.packed_linear.native import version
 
 _COLD = 64 << 20  # bytes read before a weight is read again: more than the caches of the chips this runs on
@@ -28,7 +28,7 @@ _LARGE = (4, 8, 16, 64, 256)  # rows of input at which the packed kernel is held
 
 @dataclass(frozen=True)
 class Speed:
-    """Milliseconds a call on one row of input, by form; `dense_from`, the rows from which expanding is faster."""
+    """Milliseconds a call, by form; `dense_from`, the rows of input from which expanding a packed weight is faster."""
 
     times: Mapping[str, float]
     dense_from: int = NEVER
@@ -61,13 +61,14 @@ def median(values: list[float]) -> float:
 
 @torch.inference_mode()
 def layer_speed(
-    weight: Tensor, forms: Mapping[str, Packed | Indexed], turns: int = 9, dense: Mapping[str, Tensor] | None = None
-) -> Speed:
-    """Time one layer (out, in) on one row of input: torch's Linear, the kernels' dense loop, each packed form.
+    weight: Tensor, forms: Mapping[str, Packed | Indexed], turns: int = 9, dense: Mapping[str, Tensor] | None = None,
+    batch: int = 1,
+) -> Speed:  # fmt: skip
+    """Time one layer (out, in) on `batch` rows of input: torch's Linear, the kernels' dense loop, each packed form.
 
     dense: further weights to give to torch, by name, e.g. the same in another dtype.
     """
-    x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(batch, weight.shape[1], generator=torch.Generator().manual_seed(0))
     given = {"torch": weight, **(dense or {})}
     # One round over all forms reads this much. Code and tables stay in the caches, as in decoding, where many copies of
     # a small weight pass through them; a large one is put out of them by reading something else.
@@ -78,7 +79,7 @@ def layer_speed(
         name: [partial(F.linear, x.to(one.dtype), one.clone() if i else one) for i in copies] for name, one in given.items()
     }
     x = x.to(weight.dtype)
-    if engine().native:
+    if engine().native and batch <= MOST:
         same = [call.args[1] for call in calls["torch"]]  # type: ignore[attr-defined]
         # Half a rotation away from torch's turn, or it would find what torch has just read.
         calls["loop"] = [partial(linear, x, same[i - len(same) // 2]) for i in copies]
@@ -94,7 +95,7 @@ def layer_speed(
 
 def _dense_from(form: Packed | Indexed, x: Tensor) -> int:
     for rows in _LARGE:
-        many = x.expand(rows, -1).contiguous()
+        many = x[:1].expand(rows, -1).contiguous()
         calls = {name: [partial(PackedLinear(form, None, at), many)] for name, at in (("packed", NEVER), ("dense", 1))}
         times = interleaved(calls, 1)
         if median(times["dense"]) < median(times["packed"]):
@@ -116,9 +117,9 @@ class Known:
     def __init__(self) -> None:
         self.path = cache_dir() / "kernels" / f"speeds-{version()}.json"
 
-    def key(self, weight: Tensor, density: float, values: torch.dtype, forms: Mapping[str, Any]) -> str:
-        """What a speed depends on: machine, engine, threads, shape, dtypes and the density to the nearest 0.02."""
-        told = (*_machine(), engine().name, torch.get_num_threads(), tuple(weight.shape))
+    def key(self, weight: Tensor, density: float, values: torch.dtype, forms: Mapping[str, Any], batch: int) -> str:
+        """What a speed depends on: machine, engine, threads, shape, batch, dtypes and the density to the nearest 0.02."""
+        told = (*_machine(), engine().name, torch.get_num_threads(), tuple(weight.shape), batch)
         return json.dumps([*map(str, told), str(weight.dtype), str(values), round(density * 50) / 50, sorted(forms)])
 
     def read(self) -> dict[str, Any]:
