@@ -152,6 +152,8 @@ def test_speeds_are_measured_once_and_kept(model, tmp_path, monkeypatch):
 def test_a_packed_folder_loads_packed_and_runs_the_same(sparse, model, tmp_path):
     write(sparse, tmp_path / "packed")
     assert is_packed(tmp_path / "packed") and not is_packed(sparse)
+    with pytest.raises(BadInput, match="maskwright unpack"):
+        load(find(str(tmp_path / "packed")))
     loaded, tokenizer = load_packed(tmp_path / "packed")
     assert tokenizer is not None and not loaded.training
     assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == 28

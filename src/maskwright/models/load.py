@@ -131,6 +131,10 @@ def load(source: Source, dtype: Any = None) -> tuple[Any, Any]:
     """
     import torch
 
+    from maskwright.models.packed_format import INDEX, WHOLE
+
+    if any((source.folder / name).is_file() for name in (WHOLE, INDEX)):
+        raise BadInput(f"{source.folder}: a packed checkpoint: `maskwright unpack` gives it back dense")
     with quiet():
         try:
             kind = class_of(source.folder)[1]
