@@ -206,3 +206,16 @@ def survive(
         assert time.perf_counter() - began < SLOWEST, (SEED, turn)
         outcomes[how, outcome] = outcomes.get((how, outcome), 0) + 1
     return outcomes
+
+
+def flip_every_bit(path: Path, same: Callable[[], None]) -> None:
+    """Every single-bit change of the file loads as the same (white space, a letter's case) or is refused in one line."""
+    data = path.read_bytes()
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            same()
+        except BadInput as error:
+            assert str(error).isprintable(), bit

@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 import torch
+from commands import run
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 from torch import nn
-from typer.testing import CliRunner
 
 import maskwright
-from maskwright.cli.main import app
 from maskwright.core.errors import BadInput
 from maskwright.kernels.packed_linear import LoopLinear, PackedLinear
 from maskwright.models.load import find, load
@@ -172,10 +171,6 @@ def test_a_packed_folder_that_does_not_fit_its_config_is_refused(sparse, tmp_pat
         (tmp_path / says / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(BadInput, match=says):
             load_packed(tmp_path / says)
-
-
-def run(*args):
-    return CliRunner().invoke(app, [str(a) for a in args])
 
 
 def test_generate_and_bench_from_the_command_line(sparse, tmp_path):

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
+from commands import good, run
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from maskwright.cli.main import app
 from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask
 from maskwright.core.maskset import MaskSet
@@ -17,16 +16,6 @@ from maskwright.core.pattern import NM
 
 KEEP = (torch.arange(128) % 4 < 2).reshape(4, 32)
 NAMES = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
-
-
-def run(*args):
-    return CliRunner().invoke(app, [str(a) for a in args])
-
-
-def good(*args):
-    result = run(*args)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
 
 
 def refused(says, *args):

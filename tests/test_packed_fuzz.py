@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile import MUTATORS, digest_of_all, join, split, survive, turns
+from hostile import MUTATORS, digest_of_all, flip_every_bit, join, split, survive, turns
 from safetensors.torch import save_file
 
 from maskwright.core.errors import BadInput
@@ -111,15 +111,8 @@ def test_every_flipped_bit_of_a_small_file_is_noticed(tmp_path: Path) -> None:
     save_file({"w.weight": torch.eye(2, 40)}, tmp_path / "m.safetensors")
     write(tmp_path / "m.safetensors", tmp_path / "b")
     path = tmp_path / "b" / "packed.safetensors"
-    data, first = path.read_bytes(), read(path)
-    for bit in range(8 * len(data)):
-        changed = bytearray(data)
-        changed[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
-        try:
-            assert_same(read(path), first)  # white space in the header, a letter's case in an escape
-        except BadInput as error:
-            assert str(error).isprintable(), bit
+    first = read(path)
+    flip_every_bit(path, lambda: assert_same(read(path), first))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def bench(
     """
     import torch
 
-    from maskwright.kernels.packed_linear import PackedLinear, unpack
+    from maskwright.kernels.packed_linear import PackedLinear, dense_module, unpack
     from maskwright.lab.record import machine
     from maskwright.weights.accelerated import accelerate, rows
     from maskwright.weights.speed import median
@@ -38,10 +38,7 @@ def bench(
     net, _, _ = opened(model)
     for path, module in list(net.named_modules()):
         if isinstance(module, PackedLinear):
-            linear = torch.nn.Linear(module.in_features, module.out_features, device="meta")
-            linear.weight = torch.nn.Parameter(unpack(module.packed), requires_grad=False)  # type: ignore[arg-type]
-            linear.bias = module.bias  # type: ignore[assignment]
-            net.set_submodule(path, linear)
+            net.set_submodule(path, dense_module(unpack(module.packed), module.bias))  # type: ignore[arg-type]
     own = _dtype(net)
     forms = {f"dense {own}": dict(net.named_modules())}
     made = {}

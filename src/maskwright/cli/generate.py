@@ -60,6 +60,7 @@ def generate(
     import torch
 
     from maskwright.lab.record import resident_bytes
+    from maskwright.models.evaluate import asked
     from maskwright.weights.accelerated import accelerate, rows
 
     kind = dtype_of(values)
@@ -71,11 +72,7 @@ def generate(
     told: Acceleration | None = None
     if not dense:
         told = accelerate(net, values=kind, force=packed or came_packed, remeasure=remeasure, say=_note)
-    text = prompt
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    given = tokenizer(text, return_tensors="pt")
+    given = tokenizer(asked(tokenizer, prompt), return_tensors="pt")
     torch.manual_seed(seed)
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     start = time.perf_counter()

@@ -33,16 +33,16 @@ class Checkpoint:
         if not path.exists():
             raise BadInput(f"{path}: no such file or folder")
         if not path.is_dir():
-            return _index(path) if path.suffix == ".json" else [(path, set())]
+            return shard_index(path) if path.suffix == ".json" else [(path, set())]
         # The order in which transformers looks.
         if (whole := path / "model.safetensors").is_file():
             return [(whole, set())]
         if (index := path / "model.safetensors.index.json").is_file():
-            return _index(index)
+            return shard_index(index)
         indexes = sorted(path.glob("*.safetensors.index.json"))
         others = [f for f in sorted(path.glob("*.safetensors")) if not self._is_mask(f)]
         if len(indexes) == 1:
-            return _index(indexes[0])
+            return shard_index(indexes[0])
         if len(others) == 1 and not indexes:
             return [(others[0], set())]
         told = "no .safetensors weights here" if not others else f"which one? {some([f.name for f in indexes or others])}"
@@ -96,7 +96,8 @@ class _opened:
             raise BadInput(f"{self.file}: {plain(str(error))[:160]}") from None
 
 
-def _index(path: Path) -> list[tuple[Path, set[str]]]:
+def shard_index(path: Path) -> list[tuple[Path, set[str]]]:
+    """The files a shard index names and the tensors promised of each. Raises BadInput for what is not one."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         shards: dict[str, set[str]] = {}

@@ -109,17 +109,20 @@ def _head_is_all(model: Any, body: Any, head: Any, ids: Tensor) -> bool:
     return torch.allclose(whole, head(body(input_ids=ids, use_cache=False)[0]), rtol=1e-4, atol=1e-4)
 
 
+def asked(tokenizer: Any, prompt: str) -> str:
+    """The prompt as the model expects it: in the tokenizer's chat template where it has one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return prompt
+    chat = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 40) -> tuple[list[str], float]:
     """Greedy continuations, and the median tokens per second of decoding (prompts excluded)."""
     texts, steps = [], []
     for prompt in prompts:
-        text = prompt
-        if getattr(tokenizer, "chat_template", None):
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        ids = torch.tensor(tokenizer(text)["input_ids"])[None]
+        ids = torch.tensor(tokenizer(asked(tokenizer, prompt))["input_ids"])[None]
         prefix = ids.shape[1]
         out = model(input_ids=ids, use_cache=True)
         for _ in range(tokens):

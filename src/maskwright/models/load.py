@@ -131,9 +131,9 @@ def load(source: Source, dtype: Any = None) -> tuple[Any, Any]:
     """
     import torch
 
-    from maskwright.models.packed_format import INDEX, WHOLE
+    from maskwright.models.packed_format import holds_packed
 
-    if any((source.folder / name).is_file() for name in (WHOLE, INDEX)):
+    if holds_packed(source.folder):
         raise BadInput(f"{source.folder}: a packed checkpoint: `maskwright unpack` gives it back dense")
     with quiet():
         try:

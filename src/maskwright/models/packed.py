@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskwright.core.errors import BadInput
 from maskwright.kernels.packed_linear.layout import Packed, check, row_counts
-from maskwright.models.checkpoint import Checkpoint, _index, plain, some
+from maskwright.models.checkpoint import Checkpoint, plain, shard_index, some
 from maskwright.models.packed_format import INDEX, VALUES, WHOLE, Weight, read_part
 from maskwright.models.raw import Entry, Raw, one_line
 
@@ -130,7 +130,7 @@ def _files(path: Path) -> tuple[list[Raw], bool]:
     if path.is_dir() and (path / WHOLE).is_file():
         return [Raw(path / WHOLE)], True
     if index.suffix == ".json" and index.is_file():
-        pairs = _index(index)
+        pairs = shard_index(index)
     elif path.is_dir():
         pairs = Checkpoint(path)._files()
     else:

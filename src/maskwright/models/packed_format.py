@@ -27,6 +27,11 @@ VALUES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 SOURCES = {"float64": "F64", **{name: code for name, code in VALUES.items() if name != "int8"}}
 
 
+def holds_packed(folder: Path) -> bool:
+    """Whether a folder has our packed files, be they damaged."""
+    return any((folder / name).is_file() for name in (WHOLE, INDEX))
+
+
 @dataclass(frozen=True)
 class Weight:
     """A packed weight by name. dtype: of the dense source; values: of what is stored. Both as torch names them."""

@@ -13,12 +13,12 @@ from maskwright.kernels.packed_linear import PackedLinear, unpack
 from maskwright.models.checkpoint import some
 from maskwright.models.load import class_of, quiet, read_tokenizer
 from maskwright.models.packed import PackedCheckpoint
-from maskwright.models.packed_format import INDEX, WHOLE
+from maskwright.models.packed_format import holds_packed
 
 
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds a packed checkpoint: ours, be it damaged, or a legacy one."""
-    if (folder / WHOLE).is_file() or (folder / INDEX).is_file():
+    if holds_packed(folder):
         return True
     try:
         PackedCheckpoint(folder)

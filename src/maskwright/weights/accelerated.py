@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from maskwright.core.errors import BadInput
-from maskwright.kernels.packed_linear import Engine, Indexed, LoopLinear, Packed, PackedLinear, engine, index, pack, unpack
+from maskwright.kernels.packed_linear import (
+    Engine,
+    Indexed,
+    LoopLinear,
+    Packed,
+    PackedLinear,
+    dense_module,
+    engine,
+    index,
+    pack,
+    unpack,
+)
 from maskwright.weights.speed import Known, Speed, layer_speed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -179,9 +190,7 @@ def _replace(
     elif isinstance(module, nn.Linear) and form == "torch":
         made = module
     else:
-        made = (LoopLinear if form == "loop" else nn.Linear)(weight.shape[1], weight.shape[0], device="meta")
-        made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        made.bias = bias  # type: ignore[assignment]
+        made = dense_module(weight.contiguous(), bias, LoopLinear if form == "loop" else nn.Linear)
     if made is not module:
         model.set_submodule(path, made.train(module.training))
     size = weight.numel() * weight.element_size()

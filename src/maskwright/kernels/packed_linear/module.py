@@ -79,6 +79,14 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.layout}, {dtype}, kept={kept:.3f}"
 
 
+def dense_module(weight: Tensor, bias: Tensor | None, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    """A Linear around a weight (out, in) that is there already: nothing is made or copied."""
+    made = kind(weight.shape[1], weight.shape[0], device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.bias = bias  # type: ignore[assignment]
+    return made
+
+
 class LoopLinear(nn.Linear):
     """A dense Linear whose small batches run on the kernels' dense loop: torch's own is slow there in some dtypes."""
 
