@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 _NAME = "maskwright_state"
 
 
-def layer_of(cache: Cache | None, index: int) -> Any:
+def layer_of(held: Cache | None, index: int) -> Any:
     """One layer of a Hugging Face cache, or None where there is no cache or the layer holds nothing yet."""
-    return None if cache is None or index >= len(cache.layers) else cache.layers[index]
+    return None if held is None or index >= len(held.layers) else held.layers[index]
 
 
 def state_of(layer: Any) -> State:
@@ -56,39 +57,34 @@ def is_evicted(layer: Any) -> bool:
     return getattr(layer, "is_evicted", False)
 
 
+@cache
 def _layer_class() -> Any:
     """The class of such layers: made when first needed, since its parent lies in transformers."""
-    global _CLASS
-    if _CLASS is None:
-        from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer
 
-        class EvictedLayer(DynamicLayer):  # type: ignore[misc]
-            """Keys an eviction left, then every new one. Its length is what was seen, not what is stored."""
+    class EvictedLayer(DynamicLayer):
+        """Keys an eviction left, then every new one. Its length is what was seen, not what is stored."""
 
-            is_evicted = True
-            is_croppable = False
+        is_evicted = True
+        is_croppable = False
 
-            def __init__(self, keys: Tensor, values: Tensor, first: Tensor, seen: int) -> None:
-                super().__init__()
-                self.keys, self.values, self.first, self.seen = keys, values, first, seen
-                self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        def __init__(self, keys: Tensor, values: Tensor, first: Tensor, seen: int) -> None:
+            super().__init__()
+            self.keys, self.values, self.first, self.seen = keys, values, first, seen
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
-            def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-                self.seen += key_states.shape[-2]
-                return super().update(key_states, value_states, *args, **kwargs)
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            self.seen += key_states.shape[-2]
+            return super().update(key_states, value_states, *args, **kwargs)
 
-            def get_seq_length(self) -> int:
-                return self.seen
+        def get_seq_length(self) -> int:
+            return self.seen
 
-            def reorder_cache(self, beam_idx: Tensor) -> None:
-                super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-                self.first = self.first.index_select(0, beam_idx.to(self.first.device))
+        def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            self.first = self.first.index_select(0, beam_idx.to(self.first.device))
 
-            def crop(self, tokens: int) -> None:
-                raise BadInput("a cache whose keys were evicted cannot be cropped")
+        def crop(self, *args: Any) -> None:
+            raise BadInput("a cache whose keys were evicted cannot be cropped")
 
-        _CLASS = EvictedLayer
-    return _CLASS
-
-
-_CLASS: Any = None
+    return EvictedLayer

@@ -107,6 +107,8 @@ def forward(
     known = module in _CACHES
     cache: Any = _CACHES.get(module)
     held, orphan = layer_of(cache, index), None
+    if held is not None and getattr(held, "is_compileable", False):
+        raise BadInput(f"maskwright:{slug}, layer {index}: a static cache holds empty keys; use the dynamic cache")
     evict: Callable[[Tensor], None] | None = None
     if not known:  # the first call ever under set_attn_implementation: the hook that shows the cache comes after it
         module.register_forward_pre_hook(_before, with_kwargs=True)
@@ -117,8 +119,6 @@ def forward(
         if key.shape[2] > held.get_seq_length() and not is_evicted(held):
             raise BadInput(f"maskwright:{slug}, layer {index}: {type(held).__name__} hands out more keys than were seen")
         evict = partial(_evict, cache, index)
-    if held is not None and getattr(held, "is_compileable", False):
-        raise BadInput(f"maskwright:{slug}, layer {index}: a static cache holds empty keys; use the dynamic cache")
     if getattr(held, "is_sliding", False):
         evict = None  # such a layer drops its old keys by itself
     out = run.call(

@@ -93,7 +93,7 @@ def _tidy(found: Tensor) -> Tensor:
 
 
 def _pair(start1: Tensor, start2: Tensor, stop1: Tensor, stop2: Tensor) -> Tensor:
-    """Two intervals a row, put in order and apart; an empty one stands where the other ends. Few passes: it is made often."""
+    """Two intervals a row, in order and apart; an empty one stands where the other ends. Few passes: it is made often."""
     swap = (start2 < start1) | (start1 >= stop1)
     low, high = torch.where(swap, start2, start1), torch.where(swap, stop2, stop1)
     low2, high2 = torch.where(swap, start1, start2), torch.where(swap, stop1, stop2)

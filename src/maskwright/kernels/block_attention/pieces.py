@@ -88,8 +88,8 @@ class Pieces:
         groups, blocks = -(-queries // rows), -(-keys // block)
         if keep.dtype != torch.bool or keep.ndim != 4 or tuple(keep.shape[2:]) != (groups, blocks):
             raise BadInput(
-                f"{queries} queries and {keys} keys in blocks of {rows} x {block} are a grid of {groups} x {blocks} booleans, "
-                f"got {keep.dtype} of shape {tuple(keep.shape)}"
+                f"{queries} queries and {keys} keys in blocks of {rows} x {block} make a grid of {groups} x {blocks} "
+                f"booleans, got {keep.dtype} of shape {tuple(keep.shape)}"
             )
         pieces = Pieces.from_keep(keep, rows, queries)
         return Pieces(

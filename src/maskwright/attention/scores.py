@@ -1,0 +1,218 @@
+"""Scores that several methods of this place share: what the last queries look at, block means, and how keys are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from maskwright.attention.site import AttentionSite
+from maskwright.attention.structure import Causal, Padding
+from maskwright.core.errors import BadInput
+from maskwright.core.select import top
+from maskwright.kernels.block_attention import Pieces
+
+_ENTRIES = 1 << 19  # attention weights made at a time by the running scores: 2 MB, so that they stay in the cache
+Running = Callable[[Tensor, Tensor, int, int], None]  # (out (keys,), weights (rows, lead + keys + 1), lead, first row)
+
+
+def last_attention(
+    q: Tensor, k: Tensor, window: int, scale: float, *, first: Tensor | None = None, last: Tensor | None = None
+) -> Tensor:
+    """The attention weights of the last `window` queries under a causal mask, in float32.
+
+    q (batch, heads, queries, width), k (batch, kv_heads, keys, width), the last query standing at the last key.
+    first, last (batch,): the real keys first <= p < last of padded samples; row i is then query last - window + i.
+    -> (batch, heads, w, keys) with w = min(window, queries); rows that stand before `first` are zero.
+    """
+    batch, heads, queries, _ = q.shape
+    keys, window = k.shape[2], min(window, queries)
+    stop = torch.full((batch,), keys, device=q.device) if last is None else last.to(q.device)
+    at = stop[:, None] - window + torch.arange(window, device=q.device)  # (batch, w)
+    row = (at - keys + queries).clamp(min=0)[:, None, :, None].expand(-1, heads, -1, q.shape[3])
+    scores = (q.gather(2, row) * scale).float() @ k.float().repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
+    key = torch.arange(keys, device=q.device)
+    seen = key <= at[..., None]
+    if first is not None:
+        seen &= key >= first.to(q.device)[:, None, None]
+    scores.masked_fill_(~seen[:, None], float("-inf"))
+    return torch.where(seen.any(-1)[:, None, :, None], scores.softmax(-1), 0.0)
+
+
+def real_span(site: AttentionSite) -> tuple[Tensor, Tensor]:
+    """The real keys first <= p < last of each sample: two (batch,) int64 tensors."""
+    first = torch.zeros(site.batch, dtype=torch.int64) if site.first is None else site.first.cpu().long()
+    last = torch.full((site.batch,), site.keys)
+    for part in [] if site.structure is None else site.structure.parts():
+        if isinstance(part, Padding) and part.last.ndim == 1:
+            last = torch.minimum(last, part.last.cpu().long())
+    return first, last
+
+
+def window_scores(site: AttentionSite, window: int, *running: Running) -> list[Tensor]:
+    """Scores (batch, heads, keys) float32 over the weights of each sample's last `window` real queries.
+
+    The weights are those of `last_attention` within the model's own mask, made a few rows at a time and never held
+    together; each of `running` adds them to its own score: `column_sum`, `column_peak`, `slash_sum`.
+    """
+    outs = [torch.zeros(site.batch, site.heads, site.keys, device=site.q.device) for _ in running]
+    for b, h, at, lead, weights in _window_rows(site, window):
+        for add, out in zip(running, outs, strict=True):
+            add(out[b, h], weights, lead, at)
+    return outs
+
+
+def column_sum(out: Tensor, weights: Tensor, lead: int, at: int) -> None:
+    """Sum over the rows of what each key receives."""
+    out += weights.sum(0)[lead : lead + len(out)]
+
+
+def column_peak(out: Tensor, weights: Tensor, lead: int, at: int) -> None:
+    """Maximum over the rows of what each key receives."""
+    torch.maximum(out, weights.amax(0)[lead : lead + len(out)], out=out)
+
+
+def slash_sum(out: Tensor, weights: Tensor, lead: int, at: int) -> None:
+    """Sum along the diagonals: out[o] receives the weights at distance o = row - key."""
+    rows, wide = weights.shape
+    far = at + rows  # distances 0 .. far - 1 occur; a step down and right keeps the distance
+    along = weights.as_strided((rows, far), (wide + 1, 1)).sum(0)
+    out[:far] += along.flip(0)
+
+
+def _window_rows(site: AttentionSite, window: int) -> Iterator[tuple[int, int, int, int, Tensor]]:
+    """(sample, head, position of the first row, lead, weights (rows, lead + keys + 1)): zeros stand around the keys."""
+    parts = [] if site.structure is None else site.structure.parts()
+    plain = all(isinstance(part, Causal | Padding) for part in parts)
+    bounds = None if plain else site.dense().bounds()
+    keys = site.keys
+    for b, (low, high) in enumerate(zip(*(x.tolist() for x in real_span(site)), strict=True)):
+        rows = min(window, high - low, high - site.offset)
+        step = max(1, min(rows, _ENTRIES // max(keys, 1)))
+        for h in range(site.heads):
+            key = site.k[b, h // site.group].float().T  # (width, keys)
+            for at in range(high - rows, high, step):
+                n = min(step, high - at)
+                row = slice(at - site.offset, at - site.offset + n)
+                padded = key.new_full((n, n + keys), float("-inf"))
+                scores = padded[:, n - 1 : -1]
+                torch.mm(site.q[b, h, row].float() * site.scale, key, out=scores)
+                scores[:, :low] = float("-inf")
+                scores[:, at + n :] = float("-inf")
+                scores[:, at : at + n].masked_fill_(torch.ones(n, n, dtype=torch.bool, device=key.device).triu(1), float("-inf"))
+                if bounds is not None:
+                    mine = bounds[b % bounds.shape[0], 0, row].to(key.device)  # (rows, 2, 2)
+                    place = torch.arange(keys, device=key.device)
+                    seen = ((mine[:, :, :1] <= place) & (place < mine[:, :, 1:])).any(1)
+                    scores.masked_fill_(~seen, float("-inf"))
+                yield b, h, at, n - 1, padded.softmax(-1)
+
+
+def window_rows(site: AttentionSite, window: int) -> Tensor:
+    """How many rows `window_scores` summed over in each sample. (batch,) int64."""
+    first, last = real_span(site)
+    return torch.minimum(last - torch.maximum(first, torch.tensor(site.offset)), torch.tensor(window)).clamp(min=0)
+
+
+def block_means(x: Tensor, size: int, first: Tensor, last: Tensor) -> Tensor:
+    """Means of neighbouring rows, padding left out. x (batch, heads, rows, width) -> (batch, heads, blocks, width) float32.
+
+    The last block may be ragged; it and blocks with padding are means over their real rows, blocks without any are zero.
+    """
+    short = -x.shape[2] % size
+    at = torch.arange(x.shape[2], device=x.device)
+    real = (at >= first.to(x.device)[:, None]) & (at < last.to(x.device)[:, None])  # (batch, rows)
+    clean = x.float() if bool(real.all()) else torch.where(real[:, None, :, None], x.float(), 0.0)
+    total = torch.nn.functional.pad(clean, (0, 0, 0, short)).unflatten(2, (-1, size)).sum(3)
+    many = torch.nn.functional.pad(real.float(), (0, short)).view(x.shape[0], -1, size).sum(2)
+    return total / many.clamp(min=1)[:, None, :, None]
+
+
+def force(score: Tensor, keep: Tensor, drop: Tensor) -> Tensor:
+    """+inf where `keep`, -inf where `drop` (which wins); score (batch, heads, keys), the others broadcast to it."""
+    return score.masked_fill(keep, float("inf")).masked_fill(drop, float("-inf"))
+
+
+def best(who: str, site: AttentionSite, score: Tensor, counts: Tensor) -> Tensor:
+    """The `counts` best units of each row: exact, ties to the lower index. score (..., units), counts (...) -> bool.
+
+    Raises BadInput naming the method and the layer where a score is NaN, which only queries or keys that are not finite
+    give.
+    """
+    try:
+        return top(score.flatten(0, -2), counts.expand(score.shape[:-1]).flatten(), tuple(score.shape)).view(score.shape)
+    except BadInput as error:
+        about = f"q {tuple(site.q.shape)}, k {tuple(site.k.shape)}"
+        raise BadInput(f"{who}, layer {site.layer}: {about}: {error} (are q and k finite?)") from None
+
+
+TILE = 64  # query rows a group, and keys a tile, of vertical-slash lists
+
+
+def slash_pieces(columns: Tensor, distances: Tensor) -> Pieces:
+    """The keys that vertical-slash reads for a whole prompt: single columns, and tiles along kept distances.
+
+    columns, distances (batch, heads, keys) bool: kept keys, and kept distances row - key (0 must be kept).
+    MInference's rule: of the rows [a, a + 64) each kept distance o < a + 64 asks for the tile that ends at
+    max(a + 64 - o, 64); from the far ones to the near, a tile that begins inside what is covered or at its end but ends
+    beyond it lengthens it by one whole tile, and one that ends inside adds nothing. Columns outside are read one by one.
+    The work is O(rows / 64 x (tiles + columns)) a head, in as many steps as a row group can have tiles.
+    """
+    batch, heads, keys = columns.shape
+    flat, lists, groups = columns.flatten(0, 1), batch * heads, -(-keys // TILE)
+    begin = torch.arange(groups) * TILE
+    tiles = _tiles(distances.flatten(0, 1), begin)  # (lists, groups, most) first keys, far to near
+    limit = (begin + TILE).clamp(max=keys)[:, None]
+    ends = torch.minimum(tiles + TILE, limit)
+    real = tiles < limit  # what is not a tile stands at `keys`
+    # Columns as (lists, groups, most): those beyond the rows, or in a tile, fall out.
+    many = flat.sum(1)
+    which = flat.nonzero()
+    nth = torch.arange(len(which)) - (many.cumsum(0) - many)[which[:, 0]]
+    column = torch.full((lists, int(many.max())), keys).index_put_((which[:, 0], nth), which[:, 1])
+    column = column[:, None].expand(-1, groups, -1).contiguous()
+    before = torch.searchsorted(tiles, column, right=True)  # tiles that begin at the column or in front of it
+    inside = torch.nn.functional.pad(ends, (1, 0)).gather(-1, before) > column
+    alone = ~inside & (column < limit)
+    # Where each run stands in its list: behind the tiles and the columns in front of it.
+    spot = alone.cumsum(-1) - 1 + before
+    ahead = torch.zeros(lists, groups, tiles.shape[-1] + 1, dtype=torch.int64).scatter_add_(-1, before, alone.long())
+    place = ahead.cumsum(-1)[..., :-1] + torch.arange(tiles.shape[-1])
+    counts = (alone.sum(-1) + real.sum(-1)).flatten()
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    base = offsets[:-1].view(lists, groups, 1)
+    runs = torch.empty(2, int(offsets[-1]), dtype=torch.int32)
+    where, single = (place + base)[real], column[alone]
+    runs[0, where], runs[1, where] = tiles[real].int(), ends[real].int()
+    where = (spot + base)[alone]
+    runs[0, where], runs[1, where] = single.int(), single.int() + 1
+    # Runs that meet become one.
+    opens = torch.ones(len(runs[0]), dtype=torch.bool)
+    opens[1:] = runs[0, 1:] != runs[1, :-1]
+    opens[offsets[:-1]] = True
+    closes = torch.cat([opens[1:], opens.new_ones(1)])
+    offsets = torch.cat([counts.new_zeros(1), opens.cumsum(0)])[offsets]
+    return Pieces(offsets, runs[0, opens], runs[1, closes], (batch, heads, groups), TILE, keys, keys)
+
+
+def _tiles(distances: Tensor, begin: Tensor) -> Tensor:
+    """First keys of the tiles of each list and group of rows, ascending. (lists, groups, most), `keys` where there is none.
+
+    In distances, e = rows' end - covered end, the rule is the same for all rows: the next tile ends at the nearest kept
+    distance o < e when that lies more than a tile away, else at e - 64. So one table of successors serves all groups,
+    and all chains are followed together.
+    """
+    lists, keys = distances.shape
+    kept = torch.where(distances, torch.arange(keys), -1).cummax(1).values
+    below = torch.nn.functional.pad(kept, (1, 0), value=-1)  # (lists, keys + 1): the greatest kept o < e
+    at = torch.arange(keys + 1)
+    follow = torch.where(at - below > TILE, below, at - TILE)
+    # Shifted by a tile, for an end may lie up to 63 keys behind the rows; 0 is the end of a chain.
+    table = torch.nn.functional.pad(torch.where(below < 0, -TILE, follow) + TILE, (TILE, 0))
+    near, far = begin.expand(lists, -1), (begin + TILE).clamp(max=keys).expand(lists, -1)
+    chain = [torch.where(below.gather(1, far) >= near, near, below.gather(1, near)) + TILE]
+    while bool(chain[-1].any()):
+        chain.append(table.gather(1, chain[-1]))
+    ends = torch.stack(chain, -1)  # (lists, groups, steps)
+    return torch.where(ends > 0, begin[:, None] - ends + TILE, keys).clamp(max=keys)
