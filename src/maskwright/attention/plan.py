@@ -13,7 +13,7 @@ from maskwright.attention.structure import Causal, Structure
 from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask
 from maskwright.kernels.block_attention import Pieces
-from maskwright.kernels.block_attention.lower import lower
+from maskwright.kernels.block_attention.lower import lower, touched_blocks
 from maskwright.kernels.block_attention.reference import allowed
 
 if TYPE_CHECKING:
@@ -129,8 +129,6 @@ class KeyPlan:
 
     def picture(self, size: int = 64) -> Tensor:
         """Which tiles of a coarse grid are read at all. (B', H', at most size, at most size) bool."""
-        from maskwright.kernels.block_attention.flex import touched_blocks
-
         return touched_blocks(self.read(), max(1, -(-max(self.queries, self.extended) // size)))
 
     def pairs(self) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from maskwright.core.errors import BadInput
 from maskwright.core.select import top
 from maskwright.kernels.block_attention import Pieces
 
-_ENTRIES = 1 << 19  # attention weights made at a time by the running scores: 2 MB, so that they stay in the cache
+_ENTRIES = 1 << 18  # attention weights made at a time by the running scores: 1 MB, so that they stay in the cache
 Running = Callable[[Tensor, Tensor, int, int], None]  # (out (keys,), weights (rows, lead + keys + 1), lead, first row)
 
 
@@ -31,7 +31,7 @@ def last_attention(
     stop = torch.full((batch,), keys, device=q.device) if last is None else last.to(q.device)
     at = stop[:, None] - window + torch.arange(window, device=q.device)  # (batch, w)
     row = (at - keys + queries).clamp(min=0)[:, None, :, None].expand(-1, heads, -1, q.shape[3])
-    scores = (q.gather(2, row) * scale).float() @ k.float().repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
+    scores = (q.gather(2, row).float() * scale) @ k.float().repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
     key = torch.arange(keys, device=q.device)
     seen = key <= at[..., None]
     if first is not None:
@@ -90,23 +90,25 @@ def _window_rows(site: AttentionSite, window: int) -> Iterator[tuple[int, int, i
     for b, (low, high) in enumerate(zip(*(x.tolist() for x in real_span(site)), strict=True)):
         rows = min(window, high - low, high - site.offset)
         step = max(1, min(rows, _ENTRIES // max(keys, 1)))
+        corner = torch.ones(step, step, dtype=torch.bool, device=site.q.device).triu(1)
+        buffer = torch.empty(step * (step + keys), device=site.q.device)
         for h in range(site.heads):
             key = site.k[b, h // site.group].float().T  # (width, keys)
             for at in range(high - rows, high, step):
                 n = min(step, high - at)
                 row = slice(at - site.offset, at - site.offset + n)
-                padded = key.new_full((n, n + keys), float("-inf"))
+                padded = buffer[: n * (n + keys)].view(n, n + keys)
                 scores = padded[:, n - 1 : -1]
                 torch.mm(site.q[b, h, row].float() * site.scale, key, out=scores)
-                scores[:, :low] = float("-inf")
-                scores[:, at + n :] = float("-inf")
-                scores[:, at : at + n].masked_fill_(torch.ones(n, n, dtype=torch.bool, device=key.device).triu(1), float("-inf"))
+                padded[:, : n - 1 + low] = float("-inf")
+                padded[:, n - 1 + at + n :] = float("-inf")
+                scores[:, at : at + n].masked_fill_(corner[:n, :n], float("-inf"))
                 if bounds is not None:
                     mine = bounds[b % bounds.shape[0], 0, row].to(key.device)  # (rows, 2, 2)
                     place = torch.arange(keys, device=key.device)
                     seen = ((mine[:, :, :1] <= place) & (place < mine[:, :, 1:])).any(1)
                     scores.masked_fill_(~seen, float("-inf"))
-                yield b, h, at, n - 1, padded.softmax(-1)
+                yield b, h, at, n - 1, torch.softmax(padded, -1, out=padded)
 
 
 def window_rows(site: AttentionSite, window: int) -> Tensor:
@@ -147,6 +149,18 @@ def best(who: str, site: AttentionSite, score: Tensor, counts: Tensor) -> Tensor
         raise BadInput(f"{who}, layer {site.layer}: {about}: {error} (are q and k finite?)") from None
 
 
+def best_few(who: str, site: AttentionSite, score: Tensor, count: int) -> Tensor:
+    """The same choice as `best` with one count, as ascending indices. score (..., units) -> (..., count) int64.
+
+    Fast for few of many: where no other unit ties with the worst one kept, torch's topk has no freedom.
+    """
+    values, index = torch.topk(score, count)
+    border, nan = int((score == values[..., -1:]).sum()), values[..., 0].isnan().any()  # NaN stands first
+    if nan or border != values[..., 0].numel():
+        return best(who, site, score, torch.tensor(count)).nonzero()[:, -1].view(index.shape)
+    return index.sort(-1).values
+
+
 TILE = 64  # query rows a group, and keys a tile, of vertical-slash lists
 
 
@@ -160,40 +174,43 @@ def slash_pieces(columns: Tensor, distances: Tensor) -> Pieces:
     The work is O(rows / 64 x (tiles + columns)) a head, in as many steps as a row group can have tiles.
     """
     batch, heads, keys = columns.shape
-    flat, lists, groups = columns.flatten(0, 1), batch * heads, -(-keys // TILE)
-    begin = torch.arange(groups) * TILE
+    begin = torch.arange(-(-keys // TILE)) * TILE
     tiles = _tiles(distances.flatten(0, 1), begin)  # (lists, groups, most) first keys, far to near
+    found = [
+        _lists(column.nonzero()[:, 0], mine, begin, keys) for column, mine in zip(columns.flatten(0, 1), tiles, strict=True)
+    ]
+    counts, starts, stops = (torch.cat(part) for part in zip(*found, strict=True))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Pieces(offsets, starts, stops, (batch, heads, len(begin)), TILE, keys, keys)
+
+
+def _lists(column: Tensor, tiles: Tensor, begin: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One head's runs: how many each group of rows has, their starts and their stops. column (n,) ascending."""
     limit = (begin + TILE).clamp(max=keys)[:, None]
     ends = torch.minimum(tiles + TILE, limit)
     real = tiles < limit  # what is not a tile stands at `keys`
-    # Columns as (lists, groups, most): those beyond the rows, or in a tile, fall out.
-    many = flat.sum(1)
-    which = flat.nonzero()
-    nth = torch.arange(len(which)) - (many.cumsum(0) - many)[which[:, 0]]
-    column = torch.full((lists, int(many.max())), keys).index_put_((which[:, 0], nth), which[:, 1])
-    column = column[:, None].expand(-1, groups, -1).contiguous()
-    before = torch.searchsorted(tiles, column, right=True)  # tiles that begin at the column or in front of it
-    inside = torch.nn.functional.pad(ends, (1, 0)).gather(-1, before) > column
+    wide = column.expand(len(begin), -1).contiguous()  # (groups, n): those beyond the rows, or in a tile, fall out
+    before = torch.searchsorted(tiles, wide, right=True)  # tiles that begin at the column or in front of it
+    inside = torch.nn.functional.pad(ends, (1, 0)).gather(1, before) > column
     alone = ~inside & (column < limit)
     # Where each run stands in its list: behind the tiles and the columns in front of it.
-    spot = alone.cumsum(-1) - 1 + before
-    ahead = torch.zeros(lists, groups, tiles.shape[-1] + 1, dtype=torch.int64).scatter_add_(-1, before, alone.long())
-    place = ahead.cumsum(-1)[..., :-1] + torch.arange(tiles.shape[-1])
-    counts = (alone.sum(-1) + real.sum(-1)).flatten()
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    base = offsets[:-1].view(lists, groups, 1)
-    runs = torch.empty(2, int(offsets[-1]), dtype=torch.int32)
-    where, single = (place + base)[real], column[alone]
-    runs[0, where], runs[1, where] = tiles[real].int(), ends[real].int()
+    spot = alone.cumsum(1) - 1 + before
+    ahead = torch.zeros(len(begin), tiles.shape[1] + 1, dtype=torch.int64).scatter_add_(1, before, alone.long())
+    place = ahead.cumsum(1)[:, :-1] + torch.arange(tiles.shape[1])
+    counts = alone.sum(1) + real.sum(1)
+    base = (counts.cumsum(0) - counts)[:, None]
+    starts, stops = torch.empty(2, int(counts.sum()), dtype=torch.int32)
+    where, single = (place + base)[real], wide[alone].int()
+    starts[where], stops[where] = tiles[real].int(), ends[real].int()
     where = (spot + base)[alone]
-    runs[0, where], runs[1, where] = single.int(), single.int() + 1
+    starts[where], stops[where] = single, single + 1
     # Runs that meet become one.
-    opens = torch.ones(len(runs[0]), dtype=torch.bool)
-    opens[1:] = runs[0, 1:] != runs[1, :-1]
-    opens[offsets[:-1]] = True
+    opens = torch.ones(len(starts), dtype=torch.bool)
+    opens[1:] = starts[1:] != stops[:-1]
+    opens[base[counts > 0]] = True
     closes = torch.cat([opens[1:], opens.new_ones(1)])
-    offsets = torch.cat([counts.new_zeros(1), opens.cumsum(0)])[offsets]
-    return Pieces(offsets, runs[0, opens], runs[1, closes], (batch, heads, groups), TILE, keys, keys)
+    owner = torch.repeat_interleave(torch.arange(len(begin)), counts)
+    return torch.bincount(owner[opens], minlength=len(begin)), starts[opens], stops[closes]
 
 
 def _tiles(distances: Tensor, begin: Tensor) -> Tensor:

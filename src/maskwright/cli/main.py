@@ -7,6 +7,8 @@ import sys
 import click
 import typer
 
+from maskwright.cli.attend import attend
+from maskwright.cli.attention_plan import plan
 from maskwright.cli.bench import bench
 from maskwright.cli.catalogue import cp, list_, show
 from maskwright.cli.check import check
@@ -25,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("prune")(prune)
+app.command("attend")(attend)
+app.command("plan")(plan)
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("check")(check)

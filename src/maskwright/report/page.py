@@ -17,7 +17,8 @@ from maskwright.report.schema import check
 
 
 @cache
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page of this folder, with the filters all pages share."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ModuleNotFoundError:
@@ -39,19 +40,19 @@ def _template() -> Any:
         "plain": words.plain,
     }
     env.globals["plus_minus"] = words.plus_minus
-    return env.get_template("page.html")
+    return env.get_template(name)
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The report as one HTML page. Raises BadInput when the report is not of the known format."""
     # The twin is sorted, so the page is drawn from the sorted form: drawn again from the twin it is the same page.
-    data = check(_json(report))
+    data = check(plain_json(report))
     sites, quality = data["sites"], data["quality"]
     drawn, _ = chart.points(sites)
     paired = quality and quality["paired"]
     longest = sorted(data["seconds"].items(), key=lambda item: -item[1])
     stages = {name: value for name, value in longest if name != "total"}
-    return _template().render(
+    return template("page.html").render(
         r=data,
         kept_charts=[chart.kept_chart(sites, wide) for wide in (True, False)],
         error_charts=[chart.error_chart(sites, wide) for wide in (True, False)],
@@ -71,9 +72,12 @@ def write(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
     Numbers that JSON has no word for are written as the strings "inf", "-inf" and "nan". Raises BadInput for a
     report of another format, OSError where the folder cannot be written.
     """
-    folder = Path(folder)
-    page = render(report)
-    twin = json.dumps(_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return put_both(report, render(report), Path(folder))
+
+
+def put_both(report: Mapping[str, Any], page: str, folder: Path) -> tuple[Path, Path]:
+    """The twin and the page of a report, written into a folder."""
+    twin = json.dumps(plain_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     paths = folder / "report.json", folder / "report.html"
     for path, text in zip(paths, (twin, page), strict=True):
         put(path, text)
@@ -84,17 +88,22 @@ def read(path: str | Path) -> dict[str, Any]:
     """The report in a folder or file, as written. Raises BadInput, one line, when it is missing or not a report."""
     path = Path(path)
     path = path / "report.json" if path.is_dir() else path
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or 'cannot be read'}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: not a JSON file: {str(error).splitlines()[0]}") from None
+    report = read_json(path)
     try:
         check(report)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     return report
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises BadInput, one line, when it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or 'cannot be read'}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not a JSON file: {str(error).splitlines()[0]}") from None
 
 
 def put(path: Path, text: str) -> None:
@@ -110,11 +119,12 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _json(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """The same in JSON's own types, sorted; numbers it has no word for as the strings "inf", "-inf" and "nan"."""
     if isinstance(value, Mapping):
-        return {str(k): _json(value[k]) for k in sorted(value, key=str)}
+        return {str(k): plain_json(value[k]) for k in sorted(value, key=str)}
     if isinstance(value, list | tuple):
-        return [_json(v) for v in value]
+        return [plain_json(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | None) else str(value)

@@ -155,13 +155,18 @@ def check(report: Any) -> dict[str, Any]:
 
     Raises BadInput, one line, naming the first field that is wrong.
     """
+    return validated(_Report, report, "maskwright report")
+
+
+def validated(kind: type[BaseModel], report: Any, what: str) -> dict[str, Any]:
+    """The same for a report of any kind, called `what` in the error."""
     # None in place of an empty list or mapping means the same; people and JSON writers use both.
     if isinstance(report, dict):
         report = {key: value for key, value in report.items() if value is not None}
     try:
-        return _Report.model_validate(report).model_dump(by_alias=True)
+        return kind.model_validate(report).model_dump(by_alias=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole file"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise BadInput(f"not a maskwright report of version 1: {where}: {first['msg']}{more}") from None
+        raise BadInput(f"not a {what} of version 1: {where}: {first['msg']}{more}") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from maskwright.core.errors import BadInput
-from maskwright.kernels.block_attention.lower import lower
+from maskwright.kernels.block_attention.lower import lower, touched_blocks
 from maskwright.kernels.block_attention.pieces import Pieces
 
 _BLOCK = 128
@@ -48,39 +48,12 @@ def block_mask(
     """The mask as FlexAttention's BlockMask over blocks of `block` x `block`, built from the lists, not from all pairs."""
     batch, heads, queries, _ = q.shape
     lists = lower(queries, keys, bounds if positions is None else None, pieces, q.device)
-    rows = -(-queries // block)
     touched = touched_blocks(lists, block)  # (B', H', rows, key blocks)
     touched = touched.repeat_interleave(heads // touched.shape[1], 1).expand(batch, -1, -1, -1)
     counts = touched.sum(-1, dtype=torch.int32)
     order = torch.sort(touched.int(), dim=-1, descending=True, stable=True).indices.int()
     mod = _member(bounds, pieces, positions, heads)
-    assert rows == touched.shape[2]
     return BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=block, mask_mod=mod, seq_lengths=(queries, keys))
-
-
-def touched_blocks(lists: Pieces, block: int) -> Tensor:
-    """Which `block` x `block` tiles any list reaches into. (B', H', query blocks, key blocks) bool; O(runs + tiles)."""
-    tiles, rows = -(-lists.keys // block), -(-lists.queries // block)
-    owner = lists._owner()
-    edge = torch.zeros(lists.lists, tiles + 1, dtype=torch.int32, device=owner.device)
-    one = torch.ones_like(lists.starts)
-    edge.index_put_((owner, lists.starts.long() // block), one, accumulate=True)
-    edge.index_put_((owner, (lists.stops.long() - 1) // block + 1), -one, accumulate=True)
-    seen = (edge[:, :-1].cumsum(1) > 0).view(*lists.shape, tiles)
-    # a row group may span several query blocks or be a part of one
-    first = torch.arange(lists.shape[2], device=owner.device) * lists.rows
-    out = torch.zeros(lists.shape[0], lists.shape[1], rows, tiles, dtype=torch.bool, device=owner.device)
-    last = (first + lists.rows).clamp(max=lists.queries) - 1
-    for step in range(int((last // block - first // block).max()) + 1 if len(first) else 0):
-        where = first // block + step
-        inside = where <= last // block
-        index = where[inside].expand(lists.shape[0], lists.shape[1], -1)[..., None].expand(-1, -1, -1, tiles)
-        out |= (
-            torch.zeros_like(out, dtype=torch.int8)
-            .scatter_reduce_(2, index, seen[:, :, inside].to(torch.int8), "amax")
-            .bool()
-        )
-    return out
 
 
 def _member(bounds: Tensor | None, pieces: Pieces | None, positions: Tensor | None, heads: int) -> ModFn:

@@ -54,3 +54,28 @@ def hull(bounds: Tensor, rows: int, queries: int, keys: int) -> Pieces:
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     shape = (bounds.shape[0], bounds.shape[1], groups)
     return Pieces(offsets, starts[real].int(), stops[real].int(), shape, rows, queries, keys)
+
+
+def touched_blocks(lists: Pieces, block: int) -> Tensor:
+    """Which `block` x `block` tiles any list reaches into. (B', H', query blocks, key blocks) bool; O(runs + tiles)."""
+    tiles, rows = -(-lists.keys // block), -(-lists.queries // block)
+    owner = lists.owner()
+    edge = torch.zeros(lists.lists, tiles + 1, dtype=torch.int32, device=owner.device)
+    one = torch.ones_like(lists.starts)
+    edge.index_put_((owner, lists.starts.long() // block), one, accumulate=True)
+    edge.index_put_((owner, (lists.stops.long() - 1) // block + 1), -one, accumulate=True)
+    seen = (edge[:, :-1].cumsum(1) > 0).view(*lists.shape, tiles)
+    # a row group may span several query blocks or be a part of one
+    first = torch.arange(lists.shape[2], device=owner.device) * lists.rows
+    out = torch.zeros(lists.shape[0], lists.shape[1], rows, tiles, dtype=torch.bool, device=owner.device)
+    last = (first + lists.rows).clamp(max=lists.queries) - 1
+    for step in range(int((last // block - first // block).max()) + 1 if len(first) else 0):
+        where = first // block + step
+        inside = where <= last // block
+        index = where[inside].expand(lists.shape[0], lists.shape[1], -1)[..., None].expand(-1, -1, -1, tiles)
+        out |= (
+            torch.zeros_like(out, dtype=torch.int8)
+            .scatter_reduce_(2, index, seen[:, :, inside].to(torch.int8), "amax")
+            .bool()
+        )
+    return out

@@ -51,18 +51,21 @@ class Pieces:
         if int(offsets[0]) != 0 or int(offsets[-1]) != len(starts) or bool((offsets.diff() < 0).any()):
             raise BadInput(f"pieces of shape {self.shape}: offsets do not rise from 0 to {len(starts)}")
         wrong = (starts >= stops) | (starts < 0) | (stops > self.keys)
-        wrong[1:] |= (starts[1:] < stops[:-1]) & (self._owner()[1:] == self._owner()[:-1])
+        wrong[1:] |= (starts[1:] < stops[:-1]) & (self.owner()[1:] == self.owner()[:-1])
         if bool(wrong.any()):
             run = int(wrong.nonzero()[0])
-            batch, head, group = self._place(int(self._owner()[run]))
+            batch, head, group = self._place(int(self.owner()[run]))
             raise BadInput(
                 f"pieces: batch {batch}, head {head}, row group {group}: run [{int(starts[run])}, {int(stops[run])}) is "
                 f"empty, out of the {self.keys} keys, or overlaps the run before it"
             )
         return self
 
-    def _owner(self) -> Tensor:
+    def owner(self) -> Tensor:
+        """The number of the list each run belongs to. (runs,) int64."""
         return torch.repeat_interleave(torch.arange(self.lists, device=self.offsets.device), self.offsets.diff())
+
+    _owner = owner
 
     def _place(self, flat: int) -> tuple[int, int, int]:
         head, group = divmod(flat, self.shape[2])
@@ -72,12 +75,12 @@ class Pieces:
         """Keys in each list. (B', H', groups) int64."""
         size = (self.stops - self.starts).long()
         total = torch.zeros(self.lists, dtype=torch.int64, device=size.device)
-        return total.index_add_(0, self._owner(), size).view(self.shape)
+        return total.index_add_(0, self.owner(), size).view(self.shape)
 
     def keep(self) -> Tensor:
         """The lists as booleans. (B', H', groups, keys): for tests and pictures, not for long sequences."""
         edge = torch.zeros(self.lists, self.keys + 1, dtype=torch.int32, device=self.offsets.device)
-        owner, ones = self._owner(), torch.ones_like(self.starts)
+        owner, ones = self.owner(), torch.ones_like(self.starts)
         edge.index_put_((owner, self.starts.long()), ones, accumulate=True)
         edge.index_put_((owner, self.stops.long()), -ones, accumulate=True)
         return edge[:, :-1].cumsum(1).bool().view(*self.shape, self.keys)
@@ -190,7 +193,7 @@ def _sweep(one: Pieces, two: Pieces, depth: int) -> Pieces:
     batch, heads = max(one.shape[0], two.shape[0]), max(one.shape[1], two.shape[1])
     one, two = one.expand(batch, heads), two.expand(batch, heads)
     width = one.keys + 1
-    owner = torch.cat([one._owner(), two._owner()])
+    owner = torch.cat([one.owner(), two.owner()])
     starts = owner * width + torch.cat([one.starts, two.starts]).long()
     stops = owner * width + torch.cat([one.stops, two.stops]).long()
     at, order = torch.sort(torch.cat([starts, stops]))

@@ -8,9 +8,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from maskwright.kernels.library import LIBRARY as _LIBRARY
 from maskwright.kernels.packed_linear import native, reference
 
-_LIBRARY = torch.library.Library("maskwright", "DEF")
 _SCHEMAS = {
     "packed_linear": "(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? scale, Tensor? bias, "
     "int step, int dense_from, str impl='') -> Tensor",

@@ -1,0 +1,3 @@
+"""Room: Ada-SnapKV."""
+
+from maskwright.attention.ada_snapkv.method import AdaSnapKV as AdaSnapKV

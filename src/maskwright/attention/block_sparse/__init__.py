@@ -1,0 +1,3 @@
+"""Room: block-sparse."""
+
+from maskwright.attention.block_sparse.method import BlockSparse as BlockSparse

@@ -1,0 +1,3 @@
+"""Room: FlexPrefill."""
+
+from maskwright.attention.flexprefill.method import FlexPrefill as FlexPrefill

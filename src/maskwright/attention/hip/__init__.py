@@ -1,0 +1,3 @@
+"""HiP."""
+
+from maskwright.attention.hip.method import Hip as Hip

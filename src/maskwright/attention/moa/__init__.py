@@ -1,0 +1,3 @@
+"""MoA."""
+
+from maskwright.attention.moa.method import Moa as Moa

@@ -1,0 +1,3 @@
+"""Room: Quest."""
+
+from maskwright.attention.quest.method import Quest as Quest

@@ -1,0 +1,3 @@
+"""Room: sliding window."""
+
+from maskwright.attention.sliding_window.method import SlidingWindow as SlidingWindow

@@ -1,0 +1,3 @@
+"""Room: SnapKV."""
+
+from maskwright.attention.snapkv.method import SnapKV as SnapKV

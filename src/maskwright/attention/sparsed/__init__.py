@@ -1,0 +1,3 @@
+"""Room: SparseD."""
+
+from maskwright.attention.sparsed.method import SparseD as SparseD

@@ -1,0 +1,3 @@
+"""Room: vertical-slash."""
+
+from maskwright.attention.vertical_slash.method import VerticalSlash as VerticalSlash
