@@ -127,6 +127,7 @@ def test_a_plan_of_another_model_is_refused_naming_both():
 @pytest.mark.parametrize("change", [
     lambda b: b.pop("rules"), lambda b: b.update(format="other"), lambda b: b.update(version=9),
     lambda b: b.update(rules=[[1]]), lambda b: b.update(rules=b["rules"][:1]), lambda b: b["rules"][0][0].pop("name"),
+    lambda b: b["rules"][0][0].update(alpha=float("inf")), lambda b: b["rules"][0][0].update(alpha=10**400),
     lambda b: b["rules"][0][0].update(alpha="x"), lambda b: b.update(model=[]), lambda b: b.update(table=3),
     lambda b: b["model"].update(heads="4"), lambda b: b.update(method=None), lambda b: b["rules"][0][0].update(alpha=[1]),
 ])  # fmt: skip

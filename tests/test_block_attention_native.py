@@ -134,8 +134,8 @@ def test_ragged_groups_and_lists_a_head_or_shared(rows, lists):
     batch=st.integers(1, 2), group=st.integers(1, 4), kv_heads=st.integers(1, 3), queries=st.integers(1, 70),
     keys=st.integers(1, 140), width=st.sampled_from([8, 33, 40, 64]), dtype=st.sampled_from(DTYPES), turned=st.booleans(),
     rows=st.sampled_from([0, 1, 5, 16, 64]), by=st.sampled_from(["one", "kv", "head"]),
-    share=st.sampled_from([0.0, 0.1, 0.6]), bounded=st.booleans(), placed=st.booleans(), biased=st.lists(st.booleans(), min_size=4, max_size=4), bias=st.booleans(),
-    seed=st.integers(0, 99),
+    share=st.sampled_from([0.0, 0.1, 0.6]), bounded=st.booleans(), placed=st.booleans(),
+    biased=st.lists(st.booleans(), min_size=4, max_size=4), bias=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_case_is_as_near_to_float64_as_dense_torch(
     batch, group, kv_heads, queries, keys, width, dtype, turned, rows, by, share, bounded, placed, biased, bias, seed

@@ -26,7 +26,9 @@ class Rule:
     parameters: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wrong = [key for key, value in self.parameters.items() if not isinstance(value, int | float) or value != value]
+        wrong = [
+            key for key, value in self.parameters.items() if not isinstance(value, int | float) or not abs(value) < 1e15
+        ]
         if not isinstance(self.name, str) or wrong:
             raise BadInput(f"a rule is a name with numbers, got {self.name!r} with {dict(self.parameters)}")
 
@@ -46,7 +48,7 @@ class HeadPlan:
     kv_heads: int
     rules: tuple[tuple[Rule, ...], ...]
     grid: Mapping[str, Any] = field(default_factory=dict)
-    table: Mapping[str, Any] = field(default_factory=dict)
+    table: Mapping[str, Any] = field(default_factory=dict, repr=False)
     made_by: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,11 +60,8 @@ class HeadPlan:
         """Raise BadInput when the plan was made for another model, naming both shapes."""
         mine, theirs = (self.layers, self.heads, self.kv_heads), (shape.layers, shape.heads, shape.kv_heads)
         if mine != theirs:
-            raise BadInput(
-                "the {} plan is for {} layers, {} heads and {} key heads; this model has {}, {} and {}".format(
-                    self.method, *mine, *theirs
-                )
-            )
+            form = "the {} plan is for {} layers, {} heads and {} key heads; this model has {}, {} and {}"
+            raise BadInput(form.format(self.method, *mine, *theirs))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, under a temporary name that is then renamed."""

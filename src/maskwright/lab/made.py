@@ -78,7 +78,8 @@ def recipe_of(name: str) -> Recipe:
 def path_of(name: str, seed: int, recipe: Recipe | None = None, *, steps: int | None = None) -> Path:
     """Where the model lies in the cache, made or not."""
     recipe = recipe_of(name) if recipe is None else recipe
-    code = [_code(part) for part in (recipe.create, recipe.fit, *recipe.modules)]
+    parts: list[Callable[..., Any] | ModuleType] = [recipe.create, recipe.fit, *recipe.modules]
+    code = [_code(part) for part in parts]
     told = [name, seed, recipe.steps if steps is None else steps, recipe.data(), *code]
     digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     return cache_dir() / "lab" / f"{name}-{seed}-{digest}.safetensors"

@@ -47,7 +47,7 @@ class Seen(AttentionMethod):
 def _run(method: AttentionMethod | None, seed: int, scale: str, frozen: bool = False) -> dict[str, float]:
     full = scale == "full"
     impl = "auto" if choose(torch.empty(1, 1, 1, 16)).name == "cpu" else "reference"  # "gather" is for long sequences
-    steps, batch, width = (STEPS, 32, 64) if full else (3, 2, 16)
+    steps, batch, width = (300, 32, 64) if full else (3, 2, 16)
     task = Recall()
     net = RecallNet(task, width=width, heads=HEADS, seed=seed)
     gates = convert(net, seed=seed) if isinstance(method, Dma) else {}
@@ -77,9 +77,6 @@ def _kept(net: nn.Module, method: Dma, task: Recall, seed: int) -> dict[str, flo
     scales = [value.abs().max() for name, value in net.state_dict().items() if name.endswith("dma_gate.a")]
     shares = {"pairs_kept": kept[pair].mean(), "filler_kept": kept[filler].mean(), "a": torch.stack(scales).max()}
     return {name: float(share) for name, share in shares.items()}
-
-
-STEPS = 400
 
 
 def _arm(method: AttentionMethod | None, frozen: bool = False):  # type: ignore[no-untyped-def]

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from maskwright.attention import AttentionSite, Causal, KeyPlan, Padding, State, attend, use
 from maskwright.attention.dma import Dma, Gate, convert
-from maskwright.attention.dma.running import running_top, smoothed
+from maskwright.attention.dma.running import running_top
 from maskwright.core.errors import BadInput
 from maskwright.core.select import generator
 from maskwright.lab.associative import Recall, RecallNet
@@ -55,15 +53,6 @@ def test_the_sheets_example():
     rows = running_top(EXAMPLE, 2, 4).check().keep()[0, 0]
     assert [row.nonzero().flatten().tolist() for row in rows] == [[0], [0, 1], [1, 2], [1, 3]]
     assert Dma(window=2).listed(EXAMPLE)[0, 0].nonzero().flatten().tolist() == [1, 3]
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 150), st.integers(1, 90), st.integers(0, 40), st.integers(1, 4), st.integers(0, 99))
-def test_running_top_is_every_rows_own_sort(queries, window, before, kinds, seed):
-    rank = torch.randint(kinds, (1, 2, queries + before), generator=generator(seed)).float()  # many ties
-    keep = running_top(rank, window, queries).check().keep()
-    assert torch.equal(keep, by_hand(rank, window)[:, :, before:])
-    assert torch.equal(keep.sum(-1)[0, 0], (torch.arange(queries) + before + 1).clamp(max=window))
 
 
 def test_short_texts_are_untouched_while_a_is_0_with_gradients():
@@ -192,19 +181,6 @@ def test_padding_is_read_last():
         out = attend(q, k, v, planned(rule, q, k, v, host, first=first))
         part = [t[1:, :, 4:] for t in (q, k, v)]
         torch.testing.assert_close(out[1:, :, 4:], attend(*part, planned(rule, *part, host)))
-
-
-def test_smoothing():
-    rows = torch.tensor([7])
-    given_ = torch.tensor([[1, 1, 0, 0, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0, 1, 1]]).bool()[:, None]
-    kept = smoothed(given_, rows, 4)
-    assert kept[0, 0].nonzero().flatten().tolist() == [7]  # no block has more than half: the row reads itself
-    assert kept[1, 0].nonzero().flatten().tolist() == [0, 1, 2, 3]
-    ragged = smoothed(torch.tensor([[0, 0, 0, 0, 1]]).bool(), torch.tensor([4]), 4)
-    assert ragged[0].nonzero().flatten().tolist() == [4]  # the last block is one key long
-    rank = torch.rand(2, 2, 70, generator=generator(1))
-    want = smoothed(by_hand(rank, 20), torch.arange(70), 4)
-    assert torch.equal(running_top(rank, 20, 70, 4).check().keep(), want)
 
 
 def test_convert_saves_with_the_model_and_refuses():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskwright.attention import AttentionMethod, AttentionSite, KeyPlan, Pieces, State, Window
-from maskwright.attention.hip.search import Found, Representative, Search
+from maskwright.attention.hip.search import Found, Representative, Search, forced
 from maskwright.attention.method import Direction
 from maskwright.core.errors import BadInput
 
@@ -107,10 +107,10 @@ class Hip(AttentionMethod):
         if site.first is not None:
             first = site.first.to(runs.dtype)
             runs = runs + first[:, None]
-            shift = first.repeat_interleave(site.heads * groups)[blocks._owner()].int()
+            shift = first.repeat_interleave(site.heads * groups).repeat_interleave(blocks.offsets.diff()).int()
             blocks = replace(blocks, starts=blocks.starts + shift, stops=(blocks.stops + shift).clamp(max=site.keys))
         runs[0, 1] = runs[0, 1].maximum(runs[1, 0])  # the sink ends where the window starts
-        return blocks.union(_forced(runs, *told))
+        return blocks.union(forced(runs, *told))
 
     def _rows(self, site: AttentionSite) -> tuple[Tensor, Tensor]:
         """(batch | 1, groups) each: the rows of a query block stand at low <= p < high, the first real key at 0."""
@@ -118,12 +118,3 @@ class Hip(AttentionMethod):
         high = (low + self.block_q).clamp(max=site.queries)
         shift = site.offset if site.first is None else site.offset - site.first[:, None].long()
         return low + shift, high + shift
-
-
-def _forced(runs: Tensor, rows: int, queries: int, keys: int) -> Pieces:
-    """Pieces of two runs a query block that do not overlap; empty ones are left out. runs (start|stop, 2, batch, groups)."""
-    start, stop = runs.permute(0, 2, 3, 1)  # (batch, groups, 2) each
-    real = start < stop
-    counts = real.sum(-1).flatten()
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Pieces(offsets, start[real].int(), stop[real].int(), (len(start), 1, start.shape[1]), rows, queries, keys)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskwright.attention import Pieces
 from maskwright.core.errors import BadInput
 
 Representative = Literal["first", "center", "max"]
@@ -116,3 +117,12 @@ def segments(blocks: Tensor, n: int) -> tuple[Tensor, Tensor]:
     start = torch.where(many > n, many * i // n, i.expand(*blocks.shape, n))
     stop = torch.where(many > n, many * (i + 1) // n, i + 1)
     return start, torch.where(start < many, stop - start, 0)
+
+
+def forced(runs: Tensor, rows: int, queries: int, keys: int) -> Pieces:
+    """Pieces of two runs a query block that do not overlap; empty ones are left out. runs (start|stop, 2, batch, groups)."""
+    start, stop = runs.permute(0, 2, 3, 1)  # (batch, groups, 2) each
+    real = start < stop
+    counts = real.sum(-1).flatten()
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Pieces(offsets, start[real].int(), stop[real].int(), (len(start), 1, start.shape[1]), rows, queries, keys)

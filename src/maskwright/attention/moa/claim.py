@@ -115,8 +115,8 @@ def _rank(table: Table, seed: int, scale: str) -> float:
             each = [rule if h == head else whole for h in range(layers * kv_heads)]
             predicted.append(table.loss[-1].reshape(-1, rules)[head, rule])
             found.append(measure(model, Moa(heads=table.plan(each)), ids, 3, 16))
-    ranks = np.stack([np.argsort(np.argsort(x, kind="stable"), kind="stable") for x in (predicted, found)])
-    return float(np.corrcoef(ranks.astype(np.float64))[0, 1])
+    one, two = (np.argsort(np.argsort(x, kind="stable"), kind="stable") for x in (predicted, found))
+    return float(np.corrcoef(one, two)[0, 1])
 
 
 def _arm(arm: str):  # type: ignore[no-untyped-def]

@@ -110,6 +110,15 @@ def test_the_profile_of_a_model_agrees_with_the_gradient_of_a_bias():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_model_without_a_cache_is_profiled_and_answers_too():
+    from maskwright.lab.models import CharLM
+
+    model, ids = CharLM(20, layers=2, width=16, heads=2, context=16, seed=0).eval(), torch.randint(0, 20, (2, 12))
+    said = answered(model, ids, 16)
+    assert said.shape == (2, 16) and torch.equal(said[:, 12], model(ids)[:, -1].argmax(-1))
+    assert profile(model, said, 4, BLOCK, Moa(density=1.0)).shape == (2, 2, 4, 4)
+
+
 def test_the_model_answers_by_itself():
     model, ids = tiny(), torch.randint(0, 32, (2, 10), generator=torch.Generator().manual_seed(1))
     want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0,

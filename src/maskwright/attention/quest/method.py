@@ -40,9 +40,8 @@ class Quest(AttentionMethod):
         size, current = self.page_size, (site.keys - 1) // self.page_size
         if site.begins:
             state["prompt"] = site.keys
-        elif (
-            state.get("known", 0) > site.offset
-        ):  # keys were cut off, or moved in a sliding cache: the table is no longer theirs
+        elif state.get("known", 0) > site.offset:
+            # Keys were cut off, or moved in a sliding cache: the table is no longer theirs.
             state["known"] = 0
         begin = None if site.first is None else site.first.cpu() // size  # the page of each sample's first key
         many = current if begin is None else current - int(begin.min())

@@ -28,7 +28,7 @@ def _density(rule: S2Attention) -> float:
 def _run(method: AttentionMethod | None, layers: int, text: bool, seed: int, scale: str) -> dict[str, float]:
     full = scale == "full"
     impl = "auto" if choose(torch.empty(1, 1, 1, 16)).name == "cpu" else "reference"  # "gather" is for long sequences
-    steps, batch, width = (400, 32, 64) if full else (3, 2, 16)
+    steps, batch, width = (300, 32, 64) if full else (3, 2, 16)
 
     def inside(model, optimizer=None):  # type: ignore[no-untyped-def]
         # The dense arm runs through the same code, so that nothing but the mask differs.
@@ -46,7 +46,7 @@ def _run(method: AttentionMethod | None, layers: int, text: bool, seed: int, sca
         if text:
             chars = python_chars()
             model = CharLM(len(chars.vocabulary), layers=2, width=width, heads=HEADS, context=LENGTH, seed=seed)
-            settings["batch"] = 16 if full else 2
+            settings["batch"], steps = (16, 400) if full else (2, 3)
             train(model, char_windows(chars.train, LENGTH), steps=steps, lr=5e-3, **settings)  # type: ignore[arg-type]
             with inside(model):
                 figures["text_loss"] = loss_of(model, *char_rows(chars.val, LENGTH, limit=200 if full else 2), batch=50)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,3 +30,14 @@ def from_first(parts: Sequence[Pieces], first: Sequence[int], keys: int) -> Piec
     offsets = torch.cat([runs.new_zeros(1), runs.cumsum(0)])
     _, heads, groups = parts[0].shape
     return Pieces(offsets, starts, stops, (len(parts), heads, groups), parts[0].rows, parts[0].queries, keys)
+
+
+@lru_cache(maxsize=64)  # once a rule and number of heads, not once a call
+def warn_of_gaps(heads: int, stride: int, turn: int) -> None:
+    """Say that the heads' stripes, `turn` apart, leave out blocks."""
+    seen = len({head * turn % stride for head in range(heads)})
+    warnings.warn(
+        f"s2_attention: {heads} key heads read {seen} of {stride} residues, the other remote blocks are read by none: "
+        f"take a stride of at most {heads}, or another step",
+        stacklevel=2,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from maskwright.attention import AttentionMethod, AttentionSite, Causal, KeyPlan, Pieces, State
 from maskwright.attention.method import Direction
-from maskwright.attention.s2_attention.grid import from_first
+from maskwright.attention.s2_attention.grid import from_first, warn_of_gaps
 from maskwright.core.errors import BadInput
 
 
@@ -88,10 +87,13 @@ class S2Attention(AttentionMethod):
 
     def _reads(self, heads: int, i: Tensor, j: Tensor) -> Tensor:
         """Row blocks i and key blocks j, broadcasting to (..., heads, rows, keys), of the causal rule."""
-        step = max(1, self.stride // heads) if self.step is None else self.step
         head = torch.arange(heads)[:, None, None]
-        near, stripe = i - j < self.local, (j + head * (0 if self.homo else step) + self.offset) % self.stride == 0
+        near, stripe = i - j < self.local, (j + head * self.turn(heads) + self.offset) % self.stride == 0
         return (j <= i) & (near | stripe | (head >= heads - self.dense_heads))
+
+    def turn(self, heads: int) -> int:
+        """By how many blocks the stripe moves from one key head to the next."""
+        return 0 if self.homo else max(1, self.stride // heads) if self.step is None else self.step
 
     def _dense(self, site: AttentionSite) -> bool:
         return self.stride == 1 or site.layer in self.dense_layers or self.dense_heads >= site.kv_heads
@@ -109,17 +111,6 @@ def _pieces(
         blocks = -(-(keys - start) // rule.block)
         keep = rule.grid(heads, (at - start).clamp(min=0) // rule.block, blocks, causal)
         if causal and not rule.homo and not rule.dense_heads and not bool(keep[:, -1].any(0).all()):
-            _warn(rule, heads)
+            warn_of_gaps(heads, rule.stride, rule.turn(heads))
         parts.append(Pieces.from_blocks(keep[None], rows, rule.block, queries, keys - start))
     return parts[0] if first == (0,) else from_first(parts, first, keys)
-
-
-@lru_cache(maxsize=64)  # once a rule and number of heads, not once a call
-def _warn(rule: S2Attention, heads: int) -> None:
-    step = max(1, rule.stride // heads) if rule.step is None else rule.step
-    seen = len({head * step % rule.stride for head in range(heads)})
-    warnings.warn(
-        f"s2_attention: {heads} key heads read {seen} of {rule.stride} residues, the other remote blocks are read by none: "
-        f"take a stride of at most {heads}, or another step",
-        stacklevel=2,
-    )

@@ -235,3 +235,15 @@ def test_bad_settings():
     for bad in ({"block": 0}, {"local": 0}, {"stride": 0}, {"step": -1}, {"dense_heads": -1}, {"dense_layers": (-1,)}):
         with pytest.raises(BadInput, match="s2_attention"):
             S2Attention(**bad)
+
+
+def test_a_recall_row_holds_every_asked_pair_once():
+    task = Recall(length=40, pairs=8, questions=5, keys=12, values=3, filler=4)
+    x, y, at = task.sample(20, torch.Generator().manual_seed(0))
+    word, value = x.unbind(-1)
+    assert x.shape == (20, 40, 2) and ((value > 0).sum(1) == 8).all() and not value[:, 35:].any()
+    assert (y[:, :35] == -100).all() and torch.equal(word.gather(1, at), word[:, 35:])
+    assert torch.equal(value.gather(1, at) - 1, y[:, 35:])
+    assert all(len(set(row[seen > 0].tolist())) == 8 for row, seen in zip(word, value, strict=True))
+    with pytest.raises(ValueError, match="cannot hold"):
+        Recall(length=8)

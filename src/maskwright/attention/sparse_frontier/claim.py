@@ -1,7 +1,8 @@
 """The frontier at small size: two trained recall models, prompts of 512 characters, every policy on three task families.
 
-Forced parts (sinks, local keys) and blocks are scaled down with the prompt, or no policy could reach a density of 0.1;
-vertical-slash's 64 forced distances stay, so it is held against its rivals at 0.3 and FlexPrefill at 0.5.
+Blocks, pages, sinks and local keys are scaled down with the prompt, or no policy could reach a density of 0.1. Tiles and
+forced distances of 64 do not scale: at 512 characters vertical-slash reads at least 35% of all pairs and FlexPrefill,
+which keeps 64 columns too, 59%; the two are held against rivals at 60%. The sheet's needle is the key-value family.
 """
 
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def _fitted(sizes: list[AttentionMethod], d: float, n: int, model: Any, probe: T
     low, high = 0, len(sizes)
     while high - low > 1:
         middle = (low + high) // 2
-        with use(model, sizes[middle], impl="reference", record=True) as run:
+        with use(model, sizes[middle], record=True) as run:
             model(input_ids=probe)
         share = sum(float(r.kept.sum()) for r in run.records) / sum(r.allowed * len(r.kept) for r in run.records)
         low, high = (middle, high) if share <= d else (low, middle)
@@ -71,7 +72,7 @@ def _model(name: str, seed: int, scale: str) -> Any:
 
 @cache
 def _tasks(seed: int, scale: str) -> tuple[dict[str, Any], Tensor]:
-    length, count = (512, 128) if scale == "full" else (_SHORT, 1)
+    length, count = (512, 64) if scale == "full" else (_SHORT, 1)
     tasks = {name: make(length, count, seed=100 + seed) for name, make in FAMILIES.items()}
     asks = {name: (lambda model, way, task=task: correct(model, task, way)) for name, task in tasks.items()}
     return asks, key_value(length, 1, seed=900 + seed).prompt
@@ -86,8 +87,7 @@ def _sweep(
     model, (tasks, probe) = _model(name, seed, scale), _tasks(seed, scale)
     frontier = SparseFrontier(densities=densities)
     known = _DENSE.setdefault((name, seed, scale), {})
-    # The oracle implementation: its figures are the same on every machine's kernels.
-    table = frontier.run(model, tasks, {"it": policy(model, probe)}, probe, dense=known, impl="reference")
+    table = frontier.run(model, tasks, {"it": policy(model, probe)}, probe, dense=known)
     known |= table.dense
     return frontier, table
 
@@ -146,12 +146,16 @@ def _size(model: Any) -> Size:
     return Size(count, told.num_hidden_layers, told.num_attention_heads, told.head_dim)
 
 
+def _chance(d: float, n: int, *_: Any) -> AttentionMethod:
+    return Chosen(row_keys(d, n), False, block=CHUNK)
+
+
 def _decoded(oracle: bool) -> Make:
     return lambda d, n, *_: Chosen(round(d * n), oracle, prompt=False, block=PAGE)
 
 
 def _beats(
-    arm: str, rivals: tuple[str, ...], density: str, task: str, margin: float = 0.1, kind: Any = "mechanism"
+    arm: str, rivals: tuple[str, ...], density: str, task: str = "key_value", margin: float = 0.1, kind: Any = "mechanism"
 ) -> list[Effect]:
     return [
         Effect(f"{arm} finds more than {rival} at density {density}: {task}", arm, rival, f"{task}_{density}", kind, margin)
@@ -164,47 +168,52 @@ CLAIM = Claim(
     arms={
         "dense": _dense("recall_lm"),
         "dense_small": _dense("recall_lm_small"),
-        "random": _arm(lambda d, n, *_: Chosen(row_keys(d, n), False, block=CHUNK), brief=(0.5, 0.3, 0.1)),
-        "sinks_local": _arm(_sliding, brief=(0.5, 0.3, 0.1)),
-        "oracle": _arm(lambda d, n, *_: Chosen(row_keys(d, n)), brief=(0.3, 0.1)),
+        "random": _arm(_chance, some=(0.6, 0.3, 0.1), brief=(0.6, 0.1)),
+        "sinks_local": _arm(_sliding, some=(0.6, 0.3, 0.1), brief=(0.6, 0.1)),
+        "oracle": _arm(lambda d, n, *_: Chosen(row_keys(d, n)), some=(0.1,)),
         "block_sparse": _arm(_blocks, unit="pooled"),
-        "vertical_slash": _arm(_columns, unit="window", some=(0.5, 0.3), brief=(0.3,)),
-        "flexprefill": _arm(_flex, unit="window", some=(0.5,), brief=(0.5,)),
-        "random_decode": _arm(_decoded(False), "decode"),
-        "sinks_local_decode": _arm(lambda d, n, *_: Recent(round(d * n), SINKS), "decode"),
-        "oracle_decode": _arm(_decoded(True), "decode"),
+        "vertical_slash": _arm(_columns, unit="window", some=(0.6,), brief=(0.6,)),
+        "flexprefill": _arm(_flex, unit="window", some=(0.6,), brief=(0.6,)),
+        "random_decode": _arm(_decoded(False), "decode", some=(0.1,)),
+        "sinks_local_decode": _arm(lambda d, n, *_: Recent(round(d * n), SINKS), "decode", some=(0.1,)),
+        "oracle_decode": _arm(_decoded(True), "decode", some=(0.1,)),
         "snapkv": _arm(partial(_snap, "snapkv"), "decode", "window"),
         "ada_snapkv": _arm(partial(_snap, "ada_snapkv"), "decode", "window"),
         "quest": _arm(_quest, "decode", "pages", PAGE),
-        "quest_negated": _arm(lambda d, n, *_: Negated(_quest(d, n)), "decode", "pages", PAGE),
-        "snapkv_late": _arm(partial(_snap, "snapkv"), "late", "window"),
-        "quest_late": _arm(_quest, "late", "pages", PAGE),
+        "quest_negated": _arm(lambda d, n, *_: Negated(_quest(d, n)), "decode", "pages", PAGE, (0.1,)),
+        "snapkv_late": _arm(partial(_snap, "snapkv"), "late", "window", some=(0.1,)),
+        "quest_late": _arm(_quest, "late", "pages", PAGE, (0.1,)),
     },
     method="quest",
     twin="quest_negated",
     effects=(
-        *_beats("quest", DECODE, "0.1", "needle"),
-        *_beats("snapkv", DECODE, "0.1", "needle"),
-        *_beats("ada_snapkv", DECODE, "0.1", "needle"),
-        *_beats("block_sparse", PREFILL, "0.1", "needle"),
-        *_beats("vertical_slash", PREFILL, "0.3", "needle"),
-        *_beats("flexprefill", PREFILL, "0.5", "needle"),
-        *_beats("quest_late", ("snapkv_late",), "0.1", "needle"),
-        *_beats("quest_late", ("snapkv_late",), "0.1", "key_value", kind="quality"),
-        *_beats("snapkv", ("quest",), "0.1", "needle", -0.1, "quality"),
+        *_beats("quest", DECODE, "0.1"),
+        *_beats("snapkv", DECODE, "0.1"),
+        *_beats("ada_snapkv", DECODE, "0.1"),
+        *_beats("block_sparse", PREFILL, "0.1"),
+        *_beats("vertical_slash", PREFILL, "0.6"),
+        *_beats("flexprefill", PREFILL, "0.6"),
+        *_beats("quest_late", ("snapkv_late",), "0.1", margin=0.0),
+        *_beats("snapkv", ("quest",), "0.1", margin=-0.1, kind="quality"),
+        *_beats("quest", DECODE, "0.1", "needle", kind="quality"),
+        *_beats("snapkv", DECODE, "0.1", "needle", kind="quality"),
+        *_beats("block_sparse", PREFILL, "0.1", "needle", kind="quality"),
+        *_beats("quest", DECODE, "0.1", "tracking", kind="quality"),
+        *_beats("snapkv", DECODE, "0.1", "tracking", kind="quality"),
         *(
             e
             for arm in ("quest", "snapkv", "ada_snapkv")
             for e in _beats("oracle_decode", (arm,), "0.1", "mean", -0.05, "quality")
         ),
         *_beats("oracle", ("block_sparse",), "0.1", "mean", -0.05, "quality"),
-        *_beats("oracle", ("vertical_slash",), "0.3", "mean", -0.05, "quality"),
         Effect("accuracy does not rise as quest gets sparser", "quest", "dense", "rise", "quality", -0.05, higher=False),
         Effect(
             "accuracy does not rise as block_sparse does", "block_sparse", "dense", "rise", "quality", -0.05, higher=False
         ),
-        Effect("quest's worst task pays more than the mean", "quest", "dense", "gap_0.1", "quality"),
-        Effect("block_sparse's worst task pays more than the mean", "block_sparse", "dense", "gap_0.1", "quality"),
+        *(
+            Effect(f"{arm}'s worst task pays more than the mean", arm, "dense", "gap_0.1", "quality")
+            for arm in ("quest", "snapkv", "block_sparse")
+        ),
     ),
     seeds=(0, 1, 2),
     paper="Decoding stands up to 20x compression, prefill 5-10x; even 5x costs some task significantly",

@@ -32,12 +32,12 @@ def block_attention_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) as `block_attention` promises them; gradients flow to q, k, v and bias.
 
-    `impl` names an instruction set, for tests. A result has the same bits for any number of threads.
+    `impl` names an instruction set, for tests. Results have the same bits for any number of threads, gradients for up to
+    eight of them.
     """
-    lists = (None, None, None, [], 0)
+    lists: tuple[Tensor | None, Tensor | None, Tensor | None, list[int], int] = (None, None, None, [], 0)
     if pieces is not None:
-        lists = (pieces.offsets, pieces.starts, pieces.stops, list(pieces.shape), pieces.rows)  # type: ignore[assignment]
-    told = torch.ops.maskwright.block_attention(
-        q, k, v, None if bounds is None else bounds.contiguous(), *lists, positions, bias, scale, impl
-    )
+        lists = (pieces.offsets, pieces.starts, pieces.stops, list(pieces.shape), pieces.rows)
+    bounds, positions = (None if t is None else t.contiguous() for t in (bounds, positions))
+    told = torch.ops.maskwright.block_attention(q, k, v, bounds, *lists, positions, bias, scale, impl)
     return told[0], told[1]

@@ -16,7 +16,7 @@ _NATIVE = Native(
     "block_attention",
     Path(__file__).with_name("native"),
     {
-        "ops": (),
+        "ops": ("-O2",),
         "avx2": ("-mavx2", "-mfma"),
         "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
     },

@@ -120,7 +120,7 @@ void backward(const Job& job, const Unit& unit, const Gradient& g) {
       dv[j] = static_cast<A*>(g.dv) + (tile.index[j] - g.start) * g.dv_row;
     }
     for (int64_t d = 0; d < width; d += P)
-      in_tiles(tile.count, [&](int64_t j, auto r) {
+      in_tiles<I>(tile.count, [&](int64_t j, auto r) {
         constexpr int R = r;
         int64_t a = panels, b = 0;  // the panels whose rows may allow one of these keys
         for (int64_t k = 0; k < panels; ++k)

@@ -140,29 +140,35 @@ __attribute__((noinline)) void sums_tile(const typename I::A* a, int64_t lda, co
 }
 
 // run(first, R as a constant) for n rows, TALL at a time; what is left over in halves, as two rows alone wait for the adder.
-template <class Do>
+// Float64 is there to check by: fewer tiles, a shorter build.
+template <class I, class Do>
 inline __attribute__((always_inline)) void in_tiles(int64_t n, Do&& run) {
   int64_t at = 0;
-  for (; n - at > 8 || n - at == TALL; at += TALL) run(at, std::integral_constant<int, TALL>{});
-  if (n - at > 6) run(at, std::integral_constant<int, 4>{}), at += 4;
-  switch (n - at) {
-    case 1: return run(at, std::integral_constant<int, 1>{});
-    case 2: return run(at, std::integral_constant<int, 2>{});
-    case 3: return run(at, std::integral_constant<int, 3>{});
-    case 4: return run(at, std::integral_constant<int, 4>{});
-    case 5: return run(at, std::integral_constant<int, 5>{});
+  if constexpr (sizeof(typename I::A) == 8) {
+    for (; n - at >= 4; at += 4) run(at, std::integral_constant<int, 4>{});
+    for (; at < n; ++at) run(at, std::integral_constant<int, 1>{});
+  } else {
+    for (; n - at > 8 || n - at == TALL; at += TALL) run(at, std::integral_constant<int, TALL>{});
+    if (n - at > 6) run(at, std::integral_constant<int, 4>{}), at += 4;
+    switch (n - at) {
+      case 1: return run(at, std::integral_constant<int, 1>{});
+      case 2: return run(at, std::integral_constant<int, 2>{});
+      case 3: return run(at, std::integral_constant<int, 3>{});
+      case 4: return run(at, std::integral_constant<int, 4>{});
+      case 5: return run(at, std::integral_constant<int, 5>{});
+    }
   }
 }
 
 // c (n, V) = a b by rows of a; c (n, V) += a^T b by columns of a.
 template <class I, int V, class A>
 inline void by_rows(const A* const* a, int64_t n, const A* b, int64_t ldb, int64_t depth, A* c, int64_t ldc) {
-  in_tiles(n, [&](int64_t at, auto r) { rows_tile<I, r, V>(a + at, b, ldb, depth, c + at * ldc, ldc); });
+  in_tiles<I>(n, [&](int64_t at, auto r) { rows_tile<I, r, V>(a + at, b, ldb, depth, c + at * ldc, ldc); });
 }
 
 template <class I, int V, class A>
 inline void by_columns(const A* const* a, int64_t n, const A* b, int64_t ldb, int64_t depth, A* c, int64_t ldc) {
-  in_tiles(n, [&](int64_t at, auto r) { columns_tile<I, r, V>(a, at, b, ldb, depth, c + at * ldc, ldc); });
+  in_tiles<I>(n, [&](int64_t at, auto r) { columns_tile<I, r, V>(a, at, b, ldb, depth, c + at * ldc, ldc); });
 }
 
 // Eight rows, from[k][at ...], each lane j times by[j], become eight columns: to[j][to_at + k].
