@@ -141,7 +141,7 @@ def test_a_haystack_has_exactly_its_length_and_its_needles_stand_between_lines()
 
 def test_questions_are_asked_on_copies_of_one_cache():
     model = llama(128, layers=2, width=32, heads=2, kv_heads=1, hidden=32, seed=1)
-    hay = haystack.haystack(Words(), 600, needles=3, seed=1)
+    hay = haystack.haystack(Words(), 300, needles=2, seed=1)
     told = []
     for question in hay.questions:
         ids = torch.cat([hay.context, question[None]], 1)
@@ -151,14 +151,13 @@ def test_questions_are_asked_on_copies_of_one_cache():
     for stepwise in (False, True):
         assert ask.retrieved(model, right, stepwise=stepwise).all()
         assert not ask.retrieved(model, wrong, stepwise=stepwise).any()
-    assert len(ask.retrieved(model, right, limit=2)) == 2
+    assert len(ask.retrieved(model, right, limit=1)) == 1
 
 
 def test_older_lab_models_keep_their_names_and_new_ones_hash_their_modules():
     recipe = made.recipe_of("recall_lm")
     assert recall in recipe.modules and made.recipe_of("char_lm_gelu").modules == made.recipe_of("vit_mnist5k").modules
-    names = {made.path_of("recall_lm", seed).name for seed in (0, 1)} | {made.path_of("recall_lm_small", 0).name}
-    assert len(names) == 3
+    path = made.path_of("recall_lm", 0)
     less = copy.copy(recipe)
     object.__setattr__(less, "modules", recipe.modules[:-1])
-    assert made.path_of("recall_lm", 0, less) != made.path_of("recall_lm", 0)
+    assert made.path_of("recall_lm", 0, less) != path

@@ -178,11 +178,11 @@ def text_rows(ids: Tensor, rows: int, generator: torch.Generator) -> Tensor:
 
 
 def lessons(chars: text.Chars, mask: int, steps: int) -> loop.Draw:
-    """Draw batches for `steps` steps, from easy to whole: x with hidden characters, y with -1 where seen.
+    """Draw batches for `steps` steps: x with hidden characters, y with -1 where seen.
 
-    First only values are hidden, behind 4 and then 12 pairs and without questions, so that a model this small comes to
-    read the pairs within minutes; then whole answers behind 12 pairs; the second half is half text, hidden anywhere,
-    and half full retrieval.
+    A whole batch is half text, hidden anywhere, and half retrieval, of which every other row hides its values alone. In
+    the first half two of three batches are short lessons: only values hidden, behind 4 and later 12 pairs, without
+    questions. A model this small does not come to read the pairs within minutes otherwise.
     """
     drawn = 0
 
@@ -190,21 +190,27 @@ def lessons(chars: text.Chars, mask: int, steps: int) -> loop.Draw:
         nonlocal drawn
         drawn += 1
         along = drawn / steps
-        if along > 0.5:
-            plain = hidden_rows(text_rows(chars.train, batch // 2, generator), 0, mask, generator)
-            asked = retrieval(chars, chars.train, batch - batch // 2, generator, easy=True)
-            told = hidden_rows(torch.cat([asked.prompt, asked.answer], 1), PROMPT, mask, generator)
-            return torch.cat([plain[0], told[0]]), torch.cat([plain[1], told[1]])
-        pairs, slots = (4, 6) if along <= 0.2 else (12, 18)
-        asked = retrieval(chars, chars.train, 2 * batch, generator, pairs=pairs, slots=slots, easy=True)
-        if along <= 0.3:
-            rows, known = torch.cat([asked.prompt[:, : 4 * slots], asked.answer], 1), asked.answer[:, asked.values]
-            x, y = rows.clone(), torch.full_like(rows, -1)
-            x[:, 4 * slots + asked.values], y[:, 4 * slots + asked.values] = hidden_rows(known, 0, mask, generator)
-            return x, y
-        return hidden_rows(torch.cat([asked.prompt, asked.answer], 1), asked.prompt.shape[1], mask, generator)
+        if along <= 0.5 and drawn % 3:
+            pairs, slots = (4, 6) if along <= 0.25 else (12, 18)
+            asked = retrieval(chars, chars.train, 2 * batch, generator, pairs=pairs, slots=slots, easy=True)
+            return _values_hidden(asked.prompt[:, : 4 * slots], asked, mask, generator)
+        plain = hidden_rows(text_rows(chars.train, batch // 2, generator), 0, mask, generator)
+        asked = retrieval(chars, chars.train, batch - batch // 2, generator, easy=True)
+        told = hidden_rows(torch.cat([asked.prompt, asked.answer], 1), PROMPT, mask, generator)
+        short = _values_hidden(asked.prompt, asked, mask, generator)
+        for whole, values in zip(told, short, strict=True):
+            whole[1::2] = values[1::2]
+        return torch.cat([plain[0], told[0]]), torch.cat([plain[1], told[1]])
 
     return draw
+
+
+def _values_hidden(before: Tensor, asked: Retrieval, mask: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The answers behind `before`, a share of their values hidden."""
+    x = torch.cat([before, asked.answer], 1)
+    y, at = torch.full_like(x, -1), before.shape[1] + asked.values
+    x[:, at], y[:, at] = hidden_rows(asked.answer[:, asked.values], 0, mask, generator)
+    return x, y
 
 
 def masked_lm(seed: int) -> nn.Module:
@@ -245,5 +251,5 @@ def right(asked: Retrieval, guess: Tensor) -> float:
 
 _CODE = (models, loop, sys.modules[__name__])
 RECIPES: dict[str, Recipe] = {
-    "masked_lm": Recipe("masked-diffusion character LM", masked_lm, fit_masked_lm, topics_data, 800, _CODE),
+    "masked_lm": Recipe("masked-diffusion character LM", masked_lm, fit_masked_lm, topics_data, 1000, _CODE),
 }

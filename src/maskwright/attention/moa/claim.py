@@ -123,6 +123,10 @@ def _arm(arm: str):  # type: ignore[no-untyped-def]
     def run(seed: int, scale: str) -> dict[str, float]:
         model, (_, _, longest) = _model(seed, scale), _lengths(scale)
         figures: dict[str, float] = {}
+        if arm == "dense":
+            with use(model, Moa(density=1.0)):
+                asked = _asked(model, scale)
+            return {f"{name}_{percent}": value for percent in (50, 25) for name, value in asked.items()}
         for percent in (50, 25):
             density = percent / 100 if scale == "full" else 0.55
             if arm == "uniform":
@@ -130,7 +134,7 @@ def _arm(arm: str):  # type: ignore[no-untyped-def]
                     window=int(density * longest) - SINK * BLOCK, sink=SINK * BLOCK
                 )
             else:
-                method = Moa(density=1.0) if arm == "dense" else Moa(heads=_plan(arm, density, seed, scale))
+                method = Moa(heads=_plan(arm, density, seed, scale))
             with use(model, method):
                 figures |= {f"{name}_{percent}": value for name, value in _asked(model, scale).items()}
         if arm in ("moa", "flipped"):
