@@ -156,7 +156,7 @@ def flex_of(length, name):
     band = create_block_mask(window, None, None, length, length, device="cpu")
     building = time.perf_counter() - start
     counts = keep.sum(-1, dtype=torch.int32)
-    found = keep.int().sort(-1, descending=True, stable=True).indices.int()
+    found = torch.sort(keep.int(), dim=-1, descending=True, stable=True).indices.int()
     chosen = BlockMask.from_kv_blocks(counts, found, BLOCK_SIZE=BLOCK, mask_mod=order, seq_lengths=(length, length))
     out = []
     for mask, block_mask in (("window", band), ("blocks", chosen)):

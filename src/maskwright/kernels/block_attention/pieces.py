@@ -65,8 +65,6 @@ class Pieces:
         """The number of the list each run belongs to. (runs,) int64."""
         return torch.repeat_interleave(torch.arange(self.lists, device=self.offsets.device), self.offsets.diff())
 
-    _owner = owner
-
     def _place(self, flat: int) -> tuple[int, int, int]:
         head, group = divmod(flat, self.shape[2])
         return (*divmod(head, self.shape[1]), group)
