@@ -61,6 +61,7 @@ struct Kernels {
   void (*merge)(Dtype, const Job&, const Part*, int64_t parts);
   void (*reach)(Dtype, const Job&, const Unit&, int64_t& start, int64_t& stop);  // widened to the keys of the unit
   void (*backward)(Dtype, const Job&, const Unit&, const Gradient&);
+  void (*collect)(Dtype, const void* const* sums, int64_t count, int64_t width, void* to);  // a row, in the dtype of q
 };
 
 constexpr int64_t MOST_DIRECT = 8;

@@ -138,5 +138,16 @@ void backward(const Job& job, const Unit& unit, const Gradient& g) {
   unpack_panels<I, S>(job, g.dq, unit, rows, dq, scale, memory);
 }
 
+// A row of dk or dv from the sums of some chunks, in their order.
+template <class I, class S>
+void collect(const void* const* sums, int64_t count, int64_t width, void* to) {
+  using A = typename I::A;
+  A row[1024];
+  std::fill(row, row + width, A{0});
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t d = 0; d < width; ++d) row[d] += static_cast<const A*>(sums[c])[d];
+  narrow_row(row, width, static_cast<S*>(to));
+}
+
 }  // namespace
 }  // namespace maskwright::attention

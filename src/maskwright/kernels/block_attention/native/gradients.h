@@ -41,36 +41,24 @@ std::vector<Chunk> chunks_of(const Call& call) {
   return out;
 }
 
-// dk and dv from the chunks' sums, in the order of the chunks.
-void collect(const Call& call, const std::vector<Chunk>& chunks, at::Tensor& dk, at::Tensor& dv) {
-  const Job& job = call.job;
-  const int64_t pairs = job.batch * job.kv_heads;
-  std::vector<std::vector<const Chunk*>> of(pairs);
-  for (const Chunk& chunk : chunks) of[chunk.batch * job.kv_heads + chunk.kv].push_back(&chunk);
-  const auto sum = [&](auto kept, auto stored) {
-    using A = decltype(kept);
-    using T = decltype(stored);
-    at::parallel_for(0, pairs * job.keys, std::max<int64_t>(1, 32768 / job.width), [&](int64_t from, int64_t to) {
-      std::vector<A> row(job.width);
-      for (int64_t at = from; at < to; ++at) {
-        const int64_t b = at / job.keys / job.kv_heads, h = at / job.keys % job.kv_heads, key = at % job.keys;
-        for (int which = 0; which < 2; ++which) {
-          std::fill(row.begin(), row.end(), A{0});
-          for (const Chunk* chunk : of[at / job.keys]) {
-            if (key < chunk->start || key >= chunk->stop) continue;
-            const A* in = chunk->sums.template const_data_ptr<A>() + which * chunk->sums.stride(0) + (key - chunk->start) * chunk->sums.stride(1);
-            for (int64_t d = 0; d < job.width; ++d) row[d] += in[d];
-          }
-          const at::Tensor& t = which ? dv : dk;
-          T* out = t.mutable_data_ptr<T>() + b * t.stride(0) + h * t.stride(1) + key * t.stride(2);
-          for (int64_t d = 0; d < job.width; ++d) out[d] = static_cast<T>(row[d]);
+// dk and dv of one batch entry and head of k and v from the sums of its chunks, in their order.
+void collect(const Call& call, const std::vector<const Chunk*>& chunks, at::Tensor dk, at::Tensor dv) {
+  const int64_t width = call.job.width, size = dk.element_size();
+  at::parallel_for(0, call.job.keys, std::max<int64_t>(1, 65536 / width), [&](int64_t from, int64_t to) {
+    std::vector<const void*> rows;
+    for (int64_t key = from; key < to; ++key)
+      for (const int64_t which : {0, 1}) {
+        rows.clear();
+        for (const Chunk* chunk : chunks) {
+          if (key < chunk->start || key >= chunk->stop) continue;
+          const int64_t at = which * chunk->sums.stride(0) + (key - chunk->start) * chunk->sums.stride(1);
+          rows.push_back(static_cast<const char*>(chunk->sums.const_data_ptr()) + at * chunk->sums.element_size());
         }
+        const at::Tensor& out = which ? dv : dk;
+        char* row = static_cast<char*>(out.mutable_data_ptr()) + key * out.stride(0) * size;
+        call.set.collect(call.dtype, rows.data(), static_cast<int64_t>(rows.size()), width, row);
       }
-    });
-  };
-  if (call.dtype == Dtype::f64) sum(double{}, double{});
-  else if (call.dtype == Dtype::f32) sum(float{}, float{});
-  else sum(float{}, at::BFloat16{});
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
@@ -101,17 +89,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   };
   // One chunk a head: its sums are made where they belong, if they are kept in the same type.
   const int64_t padded = (job.width + PAD - 1) / PAD * PAD;
-  const bool in_place = static_cast<int64_t>(chunks.size()) == job.batch * job.kv_heads && padded == job.width &&
-                        call.kind == q.scalar_type();
+  const bool single = static_cast<int64_t>(chunks.size()) == job.batch * job.kv_heads;
+  const bool in_place = single && padded == job.width && call.kind == q.scalar_type();
   Gradient all{};
   all.grad_out = view_of(grad_out), all.out = view_of(out), all.dq = written(dq);
   all.grad_lse = grad_lse ? grad_of_lse.const_data_ptr() : nullptr;
   const int64_t group = job.heads / job.kv_heads;
   const auto run = [&](Chunk& chunk) {
     Gradient g = all;
+    const at::Tensor own_k = dk.select(0, chunk.batch).select(0, chunk.kv), own_v = dv.select(0, chunk.batch).select(0, chunk.kv);
     at::Tensor to_k, to_v;
     if (in_place) {
-      to_k = dk.select(0, chunk.batch).select(0, chunk.kv), to_v = dv.select(0, chunk.batch).select(0, chunk.kv);
+      to_k = own_k, to_v = own_v;
       to_k.zero_(), to_v.zero_();
     } else {
       chunk.sums = at::zeros({2, chunk.stop - chunk.start, padded}, dbias.options());
@@ -131,6 +120,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
       }
     }
     for (const Unit& unit : chunk.units) call.set.backward(call.dtype, job, unit, g);
+    if (single && !in_place) {  // at once: the memory of the sums, still in the cache, serves the next chunk
+      collect(call, {&chunk}, own_k, own_v);
+      chunk.sums = at::Tensor();
+    }
   };
   std::vector<std::vector<Chunk*>> phases(job.batch * job.kv_heads);
   for (Chunk& chunk : chunks) phases[phase_of(chunk)].push_back(&chunk);
@@ -141,7 +134,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
       at::Tensor to = dbias.select(0, bias->size(0) == 1 ? 0 : chunk.batch).select(1, 0);
       to.narrow(0, bias->size(1) == 1 ? 0 : chunk.kv * group, chunk.dbias.size(0)).add_(chunk.dbias);
     }
-  if (!in_place) collect(call, chunks, dk, dv);
+  if (!single) {
+    std::vector<std::vector<const Chunk*>> of(job.batch * job.kv_heads);
+    for (const Chunk& chunk : chunks) of[chunk.batch * job.kv_heads + chunk.kv].push_back(&chunk);
+    for (int64_t b = 0; b < job.batch; ++b)
+      for (int64_t h = 0; h < job.kv_heads; ++h)
+        collect(call, of[b * job.kv_heads + h], dk.select(0, b).select(0, h), dv.select(0, b).select(0, h));
+  }
   return {dq, dk, dv, bias_grad ? dbias.to(bias->scalar_type()) : dbias};
 }
 

@@ -53,6 +53,9 @@ Kernels kernels(const char* name) {
   k.backward = [](Dtype t, const Job& job, const Unit& unit, const Gradient& g) {
     with_type<I, D>(t, [&]<class J, class S>() { backward<J, S>(job, unit, g); });
   };
+  k.collect = [](Dtype t, const void* const* sums, int64_t n, int64_t width, void* to) {
+    with_type<I, D>(t, [&]<class J, class S>() { collect<J, S>(sums, n, width, to); });
+  };
   return k;
 }
 
