@@ -17,8 +17,8 @@ from maskwright.lab import models, text
 from maskwright.lab import train as loop
 from maskwright.lab.made import Recipe, topics_data
 
-LENGTH, PAIRS, QUERIES = 256, 20, 16
-CONTEXT, ANSWER = 128, 4 * QUERIES  # a prompt is CONTEXT + ANSWER characters: the pairs, then the questions
+LENGTH, RECORD, PAIRS, QUERIES = 256, 8, 12, 8
+CONTEXT, ANSWER = 128, RECORD * QUERIES  # a prompt is CONTEXT + ANSWER characters: the records, then the questions
 PROMPT = CONTEXT + ANSWER
 Tell = Callable[..., object]
 
@@ -64,7 +64,7 @@ class MaskedLM(nn.Module):
         self.length, self.mask = length, vocabulary
         with models.seeded(seed):
             self.inlet = nn.Embedding(vocabulary + 1, width)
-            self.near = nn.Conv1d(width, width, 5, padding=2, groups=width)  # neighbours, so that one layer can match pairs
+            self.near = nn.Conv1d(width, width, 9, padding=4, groups=width)  # a value knows its key
             self.blocks = nn.ModuleList(models.Block(width, heads, causal=False, activation=nn.GELU) for _ in range(layers))
             for block in self.blocks:
                 block.attention = RotaryAttention(width, heads, length)
@@ -74,6 +74,10 @@ class MaskedLM(nn.Module):
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=width**-0.5 / 2)
                     nn.init.zeros_(module.bias)
+            # Places of like content read each other from the start: a small model finds this by itself too late.
+            for block in self.blocks:
+                nn.init.normal_(block.attention.query.weight, std=width**-0.5)
+                block.attention.key.load_state_dict(block.attention.query.state_dict())
 
     def forward(self, ids: Tensor) -> Tensor:
         if ids.shape[-1] > self.length:
@@ -119,34 +123,34 @@ class Retrieval:
 
 def retrieval(
     chars: text.Chars, source: Tensor, rows: int, generator: torch.Generator, *, pairs: int = PAIRS,
-    slots: int = CONTEXT // 4, easy: bool = False,
+    slots: int = CONTEXT // RECORD,
 ) -> Retrieval:  # fmt: skip
-    """`pairs` pairs `k=V;` scattered in a piece of real text, then QUERIES questions `k=?;`; the answer says `k=V;`.
+    """`pairs` records `abc=XYZ;` scattered in a piece of real text, then QUERIES questions `abc=???;`, answered in order.
 
-    source: (length,) numbers of the text the filling is cut from, `chars.train` or `chars.val`; pairs and filling take
-    `slots` places of 4 characters. Keys are distinct small letters, values capitals. easy: a row holds 1 to `pairs`
-    different pairs, some of them several times.
+    source: (length,) numbers of the text the filling is cut from, `chars.train` or `chars.val`; records and filling take
+    `slots` places of RECORD characters. The first letters of a row's keys are all different. With fewer pairs than
+    QUERIES some are asked for again.
     """
     small, capital, signs = (chars.encode(s) for s in ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "=;?"))
-    keys = small[torch.rand(rows, 26, generator=generator).argsort(1)[:, :pairs]]
-    values = capital[torch.randint(26, (rows, pairs), generator=generator)]
-    if easy:
-        again = torch.arange(pairs) % torch.randint(1, pairs + 1, (rows, 1), generator=generator)
-        keys, values = keys.gather(1, again), values.gather(1, again)
-    records = torch.stack([keys, signs[0].expand_as(keys), values, signs[1].expand_as(keys)], -1)  # (rows, pairs, 4)
+    records = torch.empty(rows, pairs, RECORD, dtype=torch.int64)
+    records[..., 0] = small[torch.rand(rows, 26, generator=generator).argsort(1)[:, :pairs]]
+    records[..., 1:3] = small[torch.randint(26, (rows, pairs, 2), generator=generator)]
+    records[..., 3], records[..., 7] = signs[0], signs[1]
+    records[..., 4:7] = capital[torch.randint(26, (rows, pairs, 3), generator=generator)]
     filling = slots - pairs
-    starts = torch.randint(len(source) - 4 * filling, (rows, 1), generator=generator)
-    words = source[starts + torch.arange(4 * filling)].unflatten(1, (filling, 4))
+    starts = torch.randint(len(source) - RECORD * filling, (rows, 1), generator=generator)
+    words = source[starts + torch.arange(RECORD * filling)].unflatten(1, (filling, RECORD))
     place = torch.rand(rows, slots, generator=generator).argsort(1)
-    place[:, pairs:] = place[:, pairs:].sort(1).values  # the text keeps its order around the pairs
-    context = torch.empty(rows, slots, 4, dtype=torch.int64)
-    context.scatter_(1, place[..., None].expand(-1, -1, 4), torch.cat([records, words], 1))
+    place[:, pairs:] = place[:, pairs:].sort(1).values  # the text keeps its order around the records
+    context = torch.empty(rows, slots, RECORD, dtype=torch.int64)
+    context.scatter_(1, place[..., None].expand(-1, -1, RECORD), torch.cat([records, words], 1))
     asked = torch.rand(rows, max(pairs, QUERIES), generator=generator).argsort(1)[:, :QUERIES, None] % pairs
-    answer = records.gather(1, asked.expand(-1, -1, 4))
+    answer = records.gather(1, asked.expand(-1, -1, RECORD))
     questions = answer.clone()
-    questions[..., 2] = signs[2]
+    questions[..., 4:7] = signs[2]
     prompt = torch.cat([context.flatten(1), questions.flatten(1)], 1)
-    return Retrieval(prompt, answer.flatten(1), torch.arange(QUERIES) * 4 + 2)
+    at = torch.arange(QUERIES)[:, None] * RECORD + torch.arange(4, 7)
+    return Retrieval(prompt, answer.flatten(1), at.flatten())
 
 
 def hidden_rows(
@@ -181,8 +185,8 @@ def lessons(chars: text.Chars, mask: int, steps: int) -> loop.Draw:
     """Draw batches for `steps` steps: x with hidden characters, y with -1 where seen.
 
     A whole batch is half text, hidden anywhere, and half retrieval, of which every other row hides its values alone. In
-    the first half two of three batches are short lessons: only values hidden, behind 4 and later 12 pairs, without
-    questions. A model this small does not come to read the pairs within minutes otherwise.
+    the first 0.4 two of three batches are short lessons: only values hidden, behind 4 and later 8 records, without
+    questions, so that a model this small comes to read the records within minutes.
     """
     drawn = 0
 
@@ -190,12 +194,12 @@ def lessons(chars: text.Chars, mask: int, steps: int) -> loop.Draw:
         nonlocal drawn
         drawn += 1
         along = drawn / steps
-        if along <= 0.5 and drawn % 3:
-            pairs, slots = (4, 6) if along <= 0.25 else (12, 18)
-            asked = retrieval(chars, chars.train, 2 * batch, generator, pairs=pairs, slots=slots, easy=True)
-            return _values_hidden(asked.prompt[:, : 4 * slots], asked, mask, generator)
+        if along <= 0.4 and drawn % 3:
+            pairs, slots = (4, 5) if along <= 0.2 else (8, 10)
+            asked = retrieval(chars, chars.train, 2 * batch, generator, pairs=pairs, slots=slots)
+            return _values_hidden(asked.prompt[:, : RECORD * slots], asked, mask, generator)
         plain = hidden_rows(text_rows(chars.train, batch // 2, generator), 0, mask, generator)
-        asked = retrieval(chars, chars.train, batch - batch // 2, generator, easy=True)
+        asked = retrieval(chars, chars.train, batch - batch // 2, generator)
         told = hidden_rows(torch.cat([asked.prompt, asked.answer], 1), PROMPT, mask, generator)
         short = _values_hidden(asked.prompt, asked, mask, generator)
         for whole, values in zip(told, short, strict=True):
