@@ -4,7 +4,7 @@ Every case is interleaved with its dense baseline in one run, 2 threads; medians
 turn. "ideal" is the time of full dense attention times the share of 128 x 128 blocks that hold an allowed pair. The
 compiled FlexAttention runs in a process of its own for each length and dtype, as it does not survive two of them.
 Prints a table; writes results/attention_kernels.json, or into the folder of --out. Parts: forward flex backward
-decode shapes.
+decode quest shapes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HEADS, WIDTH, BLOCK, WINDOW = 8, 64, 128, 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LENGTHS = (4096, 8192, 16384)
 BARS = {"window": 1.2, "blocks": 1.2, "causal": 1.2, "flex": 1.8, "backward": 3.0, "decode": 0.25, "bounds": 0.03}
-PARTS = ("forward", "flex", "backward", "decode", "shapes")
+PARTS = ("forward", "flex", "backward", "decode", "quest", "shapes")
 
 
 def rows_of(length, dtype, heads=HEADS, kv_heads=None, queries=None):
@@ -242,6 +242,39 @@ def decode():
                     {"what": f"decode {heads}/{kv_heads} {what}", "length": keys, "dtype": name, "against": "dense", **told}
                 )
             show(out[-3:])
+    return out
+
+
+def quest():
+    """Whole decoded steps of Quest, its choice of pages included, on a cache that grows from 32k keys; over dense steps."""
+    from maskwright.attention import AttentionSite, Causal, State, attend
+    from maskwright.attention.quest import Quest
+
+    out, keys, steps, kept = [], 32768, 48, 128
+    for name, dtype in DTYPES.items():
+        for heads, kv_heads in ((HEADS, HEADS), (9, 3)):
+            q, k, v = rows_of(keys + steps + 2, dtype, heads, kv_heads, queries=1)
+            method, state, seen = Quest(token_budget=kept * 16), State(), Causal()
+            at = {"quest": keys, "dense": keys}
+
+            def cached(who, at=at, k=k, v=v):
+                at[who] += 1
+                return k[:, :, : at[who]], v[:, :, : at[who]]
+
+            def step(q=q, cached=cached, method=method, state=state, seen=seen):
+                mine = cached("quest")
+                site = AttentionSite(0, 1, q, *mine, WIDTH**-0.5, seen, mine[0].shape[2] - 1, begins=False)
+                return attend(q, *mine, method.plan(site, state), impl="cpu")
+
+            def dense(q=q, cached=cached, gqa=heads != kv_heads):
+                return F.scaled_dot_product_attention(q, *cached("dense"), enable_gqa=gqa)
+
+            with torch.inference_mode():
+                times = interleaved({"quest": step, "dense": dense}, steps)
+            told = verdict(beside(times, "quest", "dense"), BARS["decode"])
+            what = f"quest step {heads}/{kv_heads}"
+            out.append({"what": what, "length": keys, "dtype": name, "against": "dense", "kept": kept * 16 / keys, **told})
+            show(out[-1:])
     return out
 
 
