@@ -17,14 +17,15 @@ def lab(
     from rich.console import Console
     from rich.table import Table
 
-    from maskwright.lab.made import MADE, made, path_of, told_of
+    from maskwright.lab.made import made, path_of, recipes, told_of
     from maskwright.lab.sources import SourceMissing
 
+    known_ones = recipes()
     err = Console(stderr=True, highlight=False)
-    if name is not None and name not in MADE:
-        raise BadInput(f"unknown lab model {name!r}; known: {', '.join(MADE)}")
+    if name is not None and name not in known_ones:
+        raise BadInput(f"unknown lab model {name!r}; known: {', '.join(known_ones)}")
     table = Table("model", "what", "steps", f"seed {seed}")
-    for known, recipe in MADE.items():
+    for known, recipe in known_ones.items():
         if name is not None and known != name:
             continue
         try:

@@ -68,11 +68,19 @@ def made(
     return model.eval()
 
 
+def recipes() -> dict[str, Recipe]:
+    """Every lab model by name: those made here, and those that bring a module of their own."""
+    from maskwright.lab import diffusion, video
+
+    return {**MADE, **diffusion.RECIPES, **video.RECIPES}
+
+
 def recipe_of(name: str) -> Recipe:
     """The recipe of a known lab model. Raises KeyError listing the known ones."""
-    if name not in MADE:
-        raise KeyError(f"unknown lab model {name!r}; known: {', '.join(MADE)}")
-    return MADE[name]
+    known = recipes()
+    if name not in known:
+        raise KeyError(f"unknown lab model {name!r}; known: {', '.join(known)}")
+    return known[name]
 
 
 def path_of(name: str, seed: int, recipe: Recipe | None = None, *, steps: int | None = None) -> Path:

@@ -94,7 +94,7 @@ def _setting(seed: int, scale: str) -> Setting:
     chars, draw, full = text.python_chars(), torch.Generator().manual_seed(1000 + seed), scale == "full"
     size = len(chars.vocabulary)
     if full:
-        model = made("masked_lm", seed, diffusion.RECIPES["masked_lm"])
+        model = made("masked_lm", seed)
     else:
         model = diffusion.MaskedLM(size, layers=1, width=32, heads=2, seed=seed).eval()
     rows = diffusion.text_rows(chars.val, 32 if full else 2, draw)
@@ -205,5 +205,7 @@ CLAIM = Claim(
         Effect("select 0.3: above random blocks", "sparsed_30", "random_30", "retrieval", "quality"),
     ),
     seeds=(0, 1, 2),
+    needs=("lab:masked_lm",),
+    trains=True,
     paper="LLaDA: accuracy within 0.1-0.5 points of dense at skip 0.2, select 0.3; windows fall to about 40 on RULER-4K",
 )
