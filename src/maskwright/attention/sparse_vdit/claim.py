@@ -243,6 +243,5 @@ CLAIM = Claim(
     ),
     seeds=(0, 1, 2),
     needs=("lab:video_denoiser",),
-    trains=True,
     paper="CogVideoX1.5, HunyuanVideo, Wan2.1: FLOPs 2.09, 2.38, 1.67 times fewer; PSNR to dense 24.1, 27.1, 22.6",
 )

@@ -206,6 +206,5 @@ CLAIM = Claim(
     ),
     seeds=(0, 1, 2),
     needs=("lab:masked_lm",),
-    trains=True,
     paper="LLaDA: accuracy within 0.1-0.5 points of dense at skip 0.2, select 0.3; windows fall to about 40 on RULER-4K",
 )
