@@ -9,6 +9,7 @@ from maskwright.attention import AttentionMethod, State, use
 from maskwright.attention.huggingface import hosts
 from maskwright.core.errors import BadInput
 from maskwright.core.method import methods
+from maskwright.lab.decoder import llama
 from maskwright.lab.models import Vit
 
 transformers = pytest.importorskip("transformers")
@@ -21,16 +22,8 @@ LENGTH = 96
 IDS = torch.randint(2, 64, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    told = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(told).eval()
+def small():
+    return llama(64, layers=2, width=64, heads=4, kv_heads=2, hidden=64)
 
 
 def method(card):
@@ -39,7 +32,7 @@ def method(card):
 
 def model_for(card):
     """A tiny model, prepared as the room's `convert` prepares one where its masks have weights of their own."""
-    model = llama()
+    model = small()
     convert = getattr(__import__(card.module, fromlist=["convert"]), "convert", None)
     if convert is not None:
         convert(model)
@@ -131,7 +124,7 @@ def test_runs_in_a_bidirectional_model(card):
 
 @each("card", [c for c in CARDS if c not in CAUSAL], ids=lambda c: c.slug)
 def test_a_bidirectional_method_is_refused_by_a_causal_model(card):
-    with pytest.raises(BadInput, match="bidirectional"), use(llama(), method(card)):
+    with pytest.raises(BadInput, match="bidirectional"), use(small(), method(card)):
         raise AssertionError
 
 

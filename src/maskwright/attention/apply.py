@@ -38,7 +38,6 @@ def use(
     with ExitStack() as undo:
         if theirs:
             before: str = model.config._attn_implementation  # type: ignore[union-attr, assignment]
-            huggingface.register()
             for _, module in theirs:
                 undo.callback(huggingface.install(module, run))
             _switch(model, huggingface.ACTIVE)

@@ -16,8 +16,6 @@ from maskwright.kernels.block_attention import block_attention
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-Plan = "KeyPlan | Structure | Mask | BlockMask"
-
 
 def as_plan(plan: Any, queries: int, keys: int, block: tuple[int, int] = (128, 128)) -> KeyPlan:
     """A KeyPlan of what may stand for one: a structure, a Mask over blocks of `block`, FlexAttention's BlockMask.

@@ -169,7 +169,7 @@ def _run(slug: str, module: nn.Module) -> Run:
     return named[1]
 
 
-def register(place: ModuleType | None = None) -> None:
+def register() -> None:
     """Name every room of the place, and the one that `use` runs, in transformers' two registries."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,18 +122,19 @@ class KeyPlan:
             heads = max(heads, bounds.shape[1])
         return allowed(self.queries, self.extended, bounds, self.pieces, self.positions(), heads)
 
-    def read(self) -> Pieces:
+    @cached_property
+    def lists(self) -> Pieces:
         """The keys each group of rows reads: the pieces, cut to what the group's rows may see at all."""
         bounds = self.bounds() if not self.levels else None
         return lower(self.queries, self.extended, bounds, self.pieces, torch.device("cpu"))
 
     def picture(self, size: int = 64) -> Tensor:
         """Which tiles of a coarse grid are read at all. (B', H', at most size, at most size) bool."""
-        return touched_blocks(self.read(), max(1, -(-max(self.queries, self.extended) // size)))
+        return touched_blocks(self.lists, max(1, -(-max(self.queries, self.extended) // size)))
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """(kept, computed) query-key pairs per (B', H'), int64: those a row sees, and those of whole groups of rows."""
-        lists = self.read()
+        lists = self.lists
         rows = torch.full((lists.shape[2],), lists.rows)
         rows[-1:] -= lists.shape[2] * lists.rows - self.queries
         computed = (lists.lengths() * rows).sum(-1)

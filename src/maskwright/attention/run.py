@@ -152,7 +152,7 @@ def _padding(mask: Tensor, keys: int) -> tuple[Tensor, Tensor]:
 
 def _record(site: AttentionSite, plan: KeyPlan) -> Record:
     kept, computed = (_by_head(x.double(), site.heads) for x in plan.pairs())
-    lists, held = plan.read(), site.k.nbytes + site.v.nbytes
+    lists, held = plan.lists, site.k.nbytes + site.v.nbytes
     # A key head is read as often as the query head of its group that reads most: the others find it in the cache.
     read = _by_head(lists.lengths().sum(-1).double(), site.heads).view(site.kv_heads, -1).amax(1)
     picture = plan.picture()[0]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from maskwright.core.errors import BadInput
-from maskwright.report import chart
-from maskwright.report.page import plain_json, put_both, read_json, template
+from maskwright.report import chart, words
+from maskwright.report.page import plain_json, put_both, read_checked, template
 from maskwright.report.picture import density_png, mask_png
 from maskwright.report.schema import _Calibration, _Measure, _Memory, _Paired, _Part, validated
 
@@ -144,7 +142,7 @@ def render(report: Mapping[str, Any]) -> str:
     data = check(plain_json(report))
     for told in data["methods"]:
         told["charts"] = _charts(told["pairs"])
-        told["paper"] = told["arxiv"] if re.fullmatch(r"\d{4}\.\d{4,5}", told["arxiv"]) else None
+        told["paper"] = words.arxiv(told["arxiv"])
         told["rows"] = _by_layer(told["pictures"])
     times = dict(sorted(data["seconds"].items(), key=lambda item: -item[1]))
     total = times.pop("total", sum(times.values()))
@@ -161,13 +159,7 @@ def write(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
 
 def read(path: Path) -> dict[str, Any]:
     """The report in a folder or file. Raises BadInput, one line, when it is missing or not such a report."""
-    path = path / "report.json" if path.is_dir() else path
-    report = read_json(path)
-    try:
-        check(report)
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
-    return dict(report)
+    return read_checked(path, check)
 
 
 def is_one(report: Any) -> bool:

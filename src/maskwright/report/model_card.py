@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskwright.report.schema import check
-from maskwright.report.words import count, plain, plus_minus, share, size
+from maskwright.report.words import arxiv, count, plain, plus_minus, share, size
 
 _LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,7 +108,7 @@ def _table(r: Mapping[str, Any], quality: Mapping[str, Any] | None) -> str:
 def _made(r: Mapping[str, Any]) -> str:
     method, calibration = r["method"], r["calibration"]
     lines = [f"- method: {_cell(method['title'] or method['slug'])}"]
-    if re.fullmatch(r"\d{4}\.\d{4,5}", method["arxiv"]):
+    if arxiv(method["arxiv"]):
         lines[0] += f" ([arXiv {method['arxiv']}](https://arxiv.org/abs/{method['arxiv']}))"
     if method["settings"]:
         lines.append(f"- settings: {_cell(plain(method['settings']))}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def render(report: Mapping[str, Any]) -> str:
         factor=_factor(paired["loss_difference"]) if paired else None,
         stages=stages,
         total=data["seconds"].get("total", sum(stages.values())),
-        arxiv=data["method"]["arxiv"] if re.fullmatch(r"\d{4}\.\d{4,5}", data["method"]["arxiv"]) else None,
+        arxiv=words.arxiv(data["method"]["arxiv"]),
     )
 
 
@@ -86,14 +85,18 @@ def put_both(report: Mapping[str, Any], page: str, folder: Path) -> tuple[Path, 
 
 def read(path: str | Path) -> dict[str, Any]:
     """The report in a folder or file, as written. Raises BadInput, one line, when it is missing or not a report."""
-    path = Path(path)
+    return read_checked(Path(path), check)
+
+
+def read_checked(path: Path, check: Callable[[Any], Any]) -> dict[str, Any]:
+    """A report of either kind, in a folder or file, once its `check` has passed; errors name the file."""
     path = path / "report.json" if path.is_dir() else path
     report = read_json(path)
     try:
         check(report)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
-    return report
+    return dict(report)
 
 
 def read_json(path: Path) -> Any:

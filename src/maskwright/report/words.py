@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,11 @@ from typing import Any
 def count(value: float) -> str:
     """An integer with thousands separators: 53,084,160."""
     return f"{value:,.0f}"
+
+
+def arxiv(text: str) -> str | None:
+    """The text where it is an arXiv number a link may hold (2102.04010), else None."""
+    return text if re.fullmatch(r"\d{4}\.\d{4,5}", text) else None
 
 
 def share(value: float, digits: int = 2) -> str:

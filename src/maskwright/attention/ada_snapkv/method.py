@@ -8,10 +8,10 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
 from maskwright.attention import AttentionMethod, AttentionSite, KeyPlan, State
-from maskwright.attention.scores import best, column_peak, force, real_span, window_scores
+from maskwright.attention.eviction import check_capacity, smoothed_worth
+from maskwright.attention.scores import best, column_peak, real_span, window_scores
 from maskwright.core.errors import BadInput
 
 
@@ -37,13 +37,7 @@ class AdaSnapKV(AttentionMethod):
     prefix: int = 4
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.local < 1 or self.prefix < 0 or self.capacity <= self.local + self.prefix:
-            raise BadInput(
-                f"ada_snapkv: window >= 1, local >= 1, prefix >= 0 and capacity > local + prefix, got capacity "
-                f"{self.capacity}, window {self.window}, local {self.local}, prefix {self.prefix}"
-            )
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise BadInput(f"ada_snapkv: an odd kernel keeps each key at its place, got {self.kernel}")
+        check_capacity("ada_snapkv", self.capacity, self.window, self.kernel, self.local, self.prefix)
         if not 0 <= self.min_head_capacity_ratio <= 1:
             raise BadInput(f"ada_snapkv: min_head_capacity_ratio lies in 0..1, got {self.min_head_capacity_ratio}")
 
@@ -58,15 +52,13 @@ class AdaSnapKV(AttentionMethod):
 
     @torch.no_grad()
     def evict(self, site: AttentionSite, state: State) -> Tensor | None:
-        first, last = (x[:, None, None] for x in real_span(site))
-        real = (last - first)[..., 0]  # (batch, 1)
+        first, last = real_span(site)
+        real = (last - first)[:, None]  # (batch, 1)
         if bool((real <= self.capacity).all()):
             return None
         (peak,) = window_scores(site, self.window, column_peak)  # (batch, heads, keys)
-        score = peak.unflatten(1, (site.kv_heads, site.group)).amax(2)
-        score = avg_pool1d(score, self.kernel, 1, self.kernel // 2)  # zeros beyond the ends count in the mean
-        at = torch.arange(site.keys)
-        score = force(score, (at < first + self.prefix) | (at >= last - self.local), (at < first) | (at >= last))
+        worth = peak.unflatten(1, (site.kv_heads, site.group)).amax(2)
+        score = smoothed_worth(site, worth, self.kernel, self.local, self.prefix)
         least = real.clamp(max=self.floor)
         keep = best("ada_snapkv", site, score, least)  # every head's own
         rest = (real.clamp(max=self.capacity) - least)[:, 0] * site.kv_heads

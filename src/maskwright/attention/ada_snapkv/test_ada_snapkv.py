@@ -12,6 +12,7 @@ from maskwright.attention import AttentionSite, Causal, Padding, State, use
 from maskwright.attention.ada_snapkv import AdaSnapKV
 from maskwright.attention.scores import last_attention
 from maskwright.core.errors import BadInput
+from maskwright.lab.decoder import llama
 
 SMALL = AdaSnapKV(capacity=40, min_head_capacity_ratio=0.4, window=16, kernel=5, local=8, prefix=4)
 
@@ -104,15 +105,7 @@ def test_what_is_refused_and_how_the_floor_is_rounded() -> None:
 
 @torch.no_grad()
 def test_generate_with_ragged_heads() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        told = LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=1,
-        )  # fmt: skip
-        model = LlamaForCausalLM(told).eval()
+    model = llama(64, layers=2, width=32, heads=4, kv_heads=2, hidden=32)
     words = torch.randint(2, 64, (2, 120), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(words)
     real[1, :30] = 0

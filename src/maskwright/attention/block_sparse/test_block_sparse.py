@@ -9,6 +9,7 @@ from torch import Tensor
 from maskwright.attention import AttentionSite, Causal, Padding, State, attend, use
 from maskwright.attention.block_sparse import BlockSparse
 from maskwright.core.errors import BadInput
+from maskwright.lab.decoder import llama
 
 
 def site(n: int = 64, heads: int = 4, kv: int = 2, first: Tensor | None = None, seed: int = 0) -> AttentionSite:
@@ -113,15 +114,7 @@ def test_later_calls_are_dense_and_bad_settings_refused() -> None:
 
 @torch.no_grad()
 def test_in_a_model_with_padding() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        told = LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=1,
-        )  # fmt: skip
-        model = LlamaForCausalLM(told).eval()
+    model = llama(64, layers=2, width=32, heads=4, kv_heads=2, hidden=32)
     words = torch.randint(2, 64, (2, 90), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(words)
     real[1, :25] = 0

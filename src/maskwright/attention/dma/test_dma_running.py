@@ -5,16 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskwright.attention.dma.running import running_top, smoothed
+from maskwright.attention.dma.test_dma import by_hand
 from maskwright.core.select import generator
-
-
-def by_hand(rank, window):
-    """(..., keys, keys) bool: each row's best keys up to it, of equal ones the most recent; by counting who beats whom."""
-    at = torch.arange(rank.shape[-1])
-    one, two = rank[..., :, None], rank[..., None, :]
-    beats = (two > one) | ((two == one) & (at > at[:, None]))  # (..., key, by which other key)
-    count = (beats[..., None, :, :] & (at <= at[:, None])[:, None]).sum(-1)  # (..., row, key)
-    return (count < window) & (at <= at[:, None])
 
 
 @settings(max_examples=25, deadline=None)

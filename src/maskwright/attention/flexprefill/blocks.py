@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from maskwright.attention import AttentionSite, Pieces
-from maskwright.attention.scores import TILE, best, block_means, force, real_span
+from maskwright.attention.scores import best, block_means, force, real_span
+from maskwright.attention.slashes import TILE
 
 
 def covering(share: Tensor, alpha: float) -> Tensor:

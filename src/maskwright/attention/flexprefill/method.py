@@ -9,20 +9,10 @@ import torch
 
 from maskwright.attention import AttentionMethod, AttentionSite, KeyPlan, State
 from maskwright.attention.flexprefill.blocks import covering, query_aware
-from maskwright.attention.scores import (
-    TILE,
-    best,
-    column_sum,
-    force,
-    real_span,
-    slash_pieces,
-    slash_sum,
-    window_rows,
-    window_scores,
-)  # fmt: skip
+from maskwright.attention.scores import column_sum, real_span, slash_sum, window_rows, window_scores
+from maskwright.attention.slashes import TILE, chosen_slashes
 from maskwright.core.errors import BadInput
 
-SINKS = 4
 Variant = Literal["frontier", "original"]
 
 
@@ -62,14 +52,10 @@ class FlexPrefill(AttentionMethod):
         column, slash = window_scores(site, self.approximation_size, column_sum, slash_sum)  # (batch, heads, keys)
         rows = window_rows(site, self.approximation_size)[:, None, None]
         column, slash = column / rows, slash / rows  # each sums to 1
-        first, last = (x[:, None, None] for x in real_span(site))
-        at, real = torch.arange(site.keys), last - first
-        least = torch.tensor(self.min_budget)
-        many = [torch.minimum(torch.maximum(covering(x, self.alpha), least), real[..., 0]) for x in (column, slash)]
-        column_forced = force(column, at < first + SINKS, (at < first) | (at >= last))
-        columns = best("flexprefill", site, column_forced, many[0])
-        slashes = best("flexprefill", site, force(slash, at < TILE, at >= real), many[1])
-        pieces = slash_pieces(columns, slashes)
+        first, last = real_span(site)
+        real, least = (last - first)[:, None], torch.tensor(self.min_budget)
+        many = [torch.minimum(torch.maximum(covering(x, self.alpha), least), real) for x in (column, slash)]
+        pieces = chosen_slashes("flexprefill", site, column, slash, *many)
         if self.variant == "original":
             pieces = query_aware(site, column, pieces, self.alpha, self.tau, self.approximation_size)
         return KeyPlan(site.queries, site.keys, site.structure, pieces)

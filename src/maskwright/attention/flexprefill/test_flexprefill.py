@@ -7,9 +7,11 @@ from torch import Tensor
 from maskwright.attention import AttentionSite, Causal, Padding, State, attend, use
 from maskwright.attention.flexprefill import FlexPrefill
 from maskwright.attention.flexprefill.blocks import covering, divergence
-from maskwright.attention.scores import last_attention, slash_pieces
+from maskwright.attention.scores import last_attention
+from maskwright.attention.slashes import slash_pieces
 from maskwright.attention.vertical_slash import VerticalSlash
 from maskwright.core.errors import BadInput
+from maskwright.lab.decoder import llama
 
 SMALL = FlexPrefill(alpha=0.5, approximation_size=16, min_budget=64)
 
@@ -131,15 +133,7 @@ def test_later_calls_are_dense_and_bad_settings_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["frontier", "original"])
 def test_in_a_model_a_padded_neighbour_changes_nothing(variant: str) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        told = LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=1,
-        )  # fmt: skip
-        model = LlamaForCausalLM(told).eval()
+    model = llama(64, layers=2, width=32, heads=4, kv_heads=2, hidden=32)
     words = torch.randint(2, 64, (2, 200), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(words)
     real[1, :60] = 0

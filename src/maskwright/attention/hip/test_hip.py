@@ -12,6 +12,7 @@ from maskwright.attention import AttentionSite, Causal, Padding, State, Window, 
 from maskwright.attention.hip import Hip
 from maskwright.attention.hip.search import Search, segments
 from maskwright.core.errors import BadInput
+from maskwright.lab.decoder import llama
 
 BARE = {"window": 0, "sink": 0, "dense_layers": 0}
 
@@ -178,12 +179,7 @@ def test_bad_settings_and_scores_are_refused():
 
 
 def test_a_tiny_llama_generates_and_a_copied_cache_copies_the_list():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2)  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = llama(64, layers=2, width=32, heads=4, kv_heads=2, hidden=32)
     x = torch.randint(0, 64, (2, 40))
     with torch.inference_mode():
         want = model.generate(x, max_new_tokens=4, do_sample=False)

@@ -12,6 +12,7 @@ from maskwright.attention import AttentionSite, Causal, KeyPlan, Padding, State,
 from maskwright.attention.quest import Quest
 from maskwright.attention.quest.method import page_bounds
 from maskwright.core.errors import BadInput
+from maskwright.lab.decoder import llama
 
 SMALL = Quest(token_budget=16, page_size=4)
 
@@ -172,15 +173,7 @@ def test_what_is_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_in_a_model(beams: int) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        told = LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=1,
-        )  # fmt: skip
-        model = LlamaForCausalLM(told).eval()
+    model = llama(64, layers=2, width=32, heads=4, kv_heads=2, hidden=32)
     words = torch.randint(2, 64, (2, 60), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(words)
     real[1, :25] = 0

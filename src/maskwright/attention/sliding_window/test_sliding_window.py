@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from maskwright.attention import AttentionSite, Causal, Padding, State, Window, attend, use
 from maskwright.attention.sliding_window import SlidingWindow
 from maskwright.core.errors import BadInput
+from maskwright.lab.decoder import llama
 
 
 def site(n: int = 40, rows: int | None = None, causal: bool = True, first: Tensor | None = None) -> AttentionSite:
@@ -80,15 +81,7 @@ def test_a_bidirectional_module_sees_both_sides() -> None:
 
 @torch.no_grad()
 def test_generate_step_by_step_is_one_masked_pass() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        told = LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=1,
-        )  # fmt: skip
-        model = LlamaForCausalLM(told).eval()
+    model = llama(64, layers=2, width=32, heads=4, kv_heads=2, hidden=32)
     words = torch.randint(2, 64, (2, 60), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(words)
     real[1, :25] = 0

@@ -7,11 +7,10 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
 from maskwright.attention import AttentionMethod, AttentionSite, KeyPlan, State
-from maskwright.attention.scores import best, column_sum, force, real_span, window_scores
-from maskwright.core.errors import BadInput
+from maskwright.attention.eviction import check_capacity, smoothed_worth
+from maskwright.attention.scores import best, column_sum, real_span, window_scores
 
 
 @final
@@ -35,25 +34,18 @@ class SnapKV(AttentionMethod):
     prefix: int = 4
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.local < 1 or self.prefix < 0 or self.capacity <= self.local + self.prefix:
-            raise BadInput(
-                f"snapkv: window >= 1, local >= 1, prefix >= 0 and capacity > local + prefix, got capacity {self.capacity}, "
-                f"window {self.window}, local {self.local}, prefix {self.prefix}"
-            )
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise BadInput(f"snapkv: an odd kernel keeps each key at its place, got {self.kernel}")
+        check_capacity("snapkv", self.capacity, self.window, self.kernel, self.local, self.prefix)
 
     def plan(self, site: AttentionSite, state: State) -> KeyPlan:
         return site.dense()
 
     @torch.no_grad()
     def evict(self, site: AttentionSite, state: State) -> Tensor | None:
-        first, last = (x[:, None, None] for x in real_span(site))
-        if bool((last - first <= self.capacity).all()):
+        first, last = real_span(site)
+        real = (last - first)[:, None]
+        if bool((real <= self.capacity).all()):
             return None
         (column,) = window_scores(site, self.window, column_sum)  # (batch, heads, keys)
-        score = column.unflatten(1, (site.kv_heads, site.group)).mean(2)
-        score = avg_pool1d(score, self.kernel, 1, self.kernel // 2)  # zeros beyond the ends count in the mean
-        at = torch.arange(site.keys)
-        score = force(score, (at < first + self.prefix) | (at >= last - self.local), (at < first) | (at >= last))
-        return best("snapkv", site, score, (last - first).clamp(max=self.capacity)[..., 0])
+        worth = column.unflatten(1, (site.kv_heads, site.group)).mean(2)
+        score = smoothed_worth(site, worth, self.kernel, self.local, self.prefix)
+        return best("snapkv", site, score, real.clamp(max=self.capacity))

@@ -11,6 +11,7 @@ from maskwright.attention import AttentionMethod, AttentionSite, Causal, KeyPlan
 from maskwright.attention.scores import last_attention
 from maskwright.attention.snapkv import SnapKV
 from maskwright.core.errors import BadInput
+from maskwright.lab.decoder import llama
 
 SMALL = SnapKV(capacity=40, window=16, kernel=5, local=8, prefix=4)
 
@@ -84,18 +85,6 @@ def test_what_is_refused() -> None:
         SMALL.evict(here, State())
 
 
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        told = LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=1,
-        )  # fmt: skip
-        return LlamaForCausalLM(told).eval()
-
-
 WORDS = torch.randint(2, 64, (2, 200), generator=torch.Generator().manual_seed(0))
 REAL = torch.ones_like(WORDS)
 REAL[1, :60] = 0
@@ -103,7 +92,7 @@ REAL[1, :60] = 0
 
 @torch.no_grad()
 def test_generate_keeps_a_quarter_of_the_cache_and_its_positions() -> None:
-    model = llama()
+    model = llama(64, layers=2, width=32, heads=4, kv_heads=2, hidden=32)
     seen = []
     with use(model, SMALL) as run:
         hook = model.model.rotary_emb.register_forward_pre_hook(
@@ -123,7 +112,7 @@ def test_generate_keeps_a_quarter_of_the_cache_and_its_positions() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("real", [torch.ones_like(WORDS), REAL])
 def test_generate_is_dense_where_the_budget_covers_the_prompt(real: Tensor) -> None:
-    model = llama()
+    model = llama(64, layers=2, width=32, heads=4, kv_heads=2, hidden=32)
     dense = model.generate(WORDS, attention_mask=real, max_new_tokens=5)
     with use(model, SnapKV(capacity=200, window=16, local=8)):
         assert torch.equal(model.generate(WORDS, attention_mask=real, max_new_tokens=5), dense)
@@ -144,7 +133,7 @@ class Hidden(AttentionMethod):
 
 @torch.no_grad()
 def test_an_evicted_cache_is_the_whole_one_behind_a_mask_and_a_copy_goes_its_own_way() -> None:
-    model = llama()
+    model = llama(64, layers=2, width=32, heads=4, kv_heads=2, hidden=32)
     longer = torch.cat([REAL, torch.ones(2, 1, dtype=torch.long)], 1)
     where = longer.sum(1, keepdim=True) - 1
     at = (REAL.cumsum(1) - 1).clamp(min=0)

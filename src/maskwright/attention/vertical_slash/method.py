@@ -8,10 +8,9 @@ from typing import final
 import torch
 
 from maskwright.attention import AttentionMethod, AttentionSite, KeyPlan, State
-from maskwright.attention.scores import TILE, best, column_sum, force, real_span, slash_pieces, slash_sum, window_scores
+from maskwright.attention.scores import column_sum, real_span, slash_sum, window_scores
+from maskwright.attention.slashes import SINKS, TILE, chosen_slashes
 from maskwright.core.errors import BadInput
-
-SINKS = 4
 
 
 @final
@@ -42,10 +41,7 @@ class VerticalSlash(AttentionMethod):
         if not site.begins:
             return site.dense()
         column, slash = window_scores(site, self.approximation_size, column_sum, slash_sum)  # (batch, heads, keys)
-        first, last = (x[:, None, None] for x in real_span(site))
-        at, real = torch.arange(site.keys), last - first
-        column = force(column, at < first + SINKS, (at < first) | (at >= last))
-        slash = force(slash, at < TILE, at >= real)
-        columns = best("vertical_slash", site, column, real.clamp(max=self.vertical_size)[..., 0])
-        slashes = best("vertical_slash", site, slash, real.clamp(max=self.slash_size)[..., 0])
-        return KeyPlan(site.queries, site.keys, site.structure, slash_pieces(columns, slashes))
+        first, last = real_span(site)
+        many = [(last - first).clamp(max=most)[:, None] for most in (self.vertical_size, self.slash_size)]
+        pieces = chosen_slashes("vertical_slash", site, column, slash, *many)
+        return KeyPlan(site.queries, site.keys, site.structure, pieces)

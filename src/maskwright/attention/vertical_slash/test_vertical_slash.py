@@ -13,10 +13,10 @@ from maskwright.attention.scores import (
     column_sum,
     last_attention,
     real_span,
-    slash_pieces,
     slash_sum,
     window_scores,
 )  # fmt: skip
+from maskwright.attention.slashes import slash_pieces
 from maskwright.attention.vertical_slash import VerticalSlash
 from maskwright.core.errors import BadInput
 
