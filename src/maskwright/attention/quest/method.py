@@ -47,26 +47,24 @@ class Quest(AttentionMethod):
         many = current if begin is None else current - int(begin.min())
         if site.begins or site.evicted or site.queries > 1 or many * size <= self.token_budget:
             return site.dense()
-        bounds = self._bounds(site, state)[..., :current]  # (batch, kv_heads, 2 width, pages)
-        q = site.q[:, :, 0].float().unflatten(1, (site.kv_heads, site.group))
+        bounds = self._bounds(site, state)[..., : current + 1]  # (batch, kv_heads, 2 width, pages)
+        q = site.q.float().reshape(site.batch, site.kv_heads, site.group, -1)
         both = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)  # max(q a, q b) = relu(q) max(a, b) - relu(-q) min(a, b)
-        both = both.sum(2, keepdim=True) if self.share_pages else both
+        both = both.sum(2, keepdim=True) if self.share_pages and site.group > 1 else both
         score = (both @ bounds).flatten(1, 2)  # (batch, kv_heads | heads, pages)
+        score[..., current] = float("inf")
         most = self.token_budget // size
         if begin is None:
-            pages = best_few("quest", site, score, most)
-            pages = torch.cat([pages, pages.new_full((*pages.shape[:2], 1), current)], -1)
-            pieces = _pages(pages, size, site.keys)
+            pieces = _pages(best_few("quest", site, score, most + 1), size, site.keys)
         else:
-            score = score.masked_fill(torch.arange(current) < begin[:, None, None], float("-inf"))
-            keep = torch.ones(*score.shape[:2], 1, current + 1, dtype=torch.bool)
-            keep[..., 0, :current] = best("quest", site, score, (current - begin).clamp(max=most)[:, None])
-            pieces = Pieces.from_blocks(keep, 1, size, 1, site.keys)
+            score = score.masked_fill(torch.arange(current + 1) < begin[:, None, None], float("-inf"))
+            keep = best("quest", site, score, (current - begin).clamp(max=most)[:, None] + 1)
+            pieces = Pieces.from_blocks(keep[:, :, None], 1, size, 1, site.keys)
         return KeyPlan(1, site.keys, site.structure, pieces, offset=site.offset)
 
     def _bounds(self, site: AttentionSite, state: State) -> Tensor:
-        """[max, min] of every page, (batch, kv_heads, 2 width, pages with room), the new keys' alone computed."""
-        size, pages = self.page_size, -(-site.keys // self.page_size)
+        """[max, min] of every whole page, (batch, kv_heads, 2 width, pages with room), those of new pages alone computed."""
+        size, pages = self.page_size, site.keys // self.page_size
         table: Tensor | None = state.get("bounds")
         known: int = state.get("known", 0)
         if table is None or table.shape[:2] != site.k.shape[:2]:
@@ -74,12 +72,14 @@ class Quest(AttentionMethod):
         # A beam search exchanges the samples of a prompt behind it: with a batch, all that was decoded is read again.
         start = (min(known, state.get("prompt", 0)) if site.batch > 1 else known) // size
         frozen = table is not None and table.is_inference() and not torch.is_inference_mode_enabled()
-        if table is None or known == 0 or table.shape[3] < pages or frozen:
+        if table is None or known == 0 or table.shape[3] <= pages or frozen:
             room = site.k.new_empty(*site.k.shape[:2], 2 * site.k.shape[3], pages + pages // 8 + 8, dtype=torch.float32)
             if table is not None and start:
                 room[..., :start] = table[..., :start]
             table = state["bounds"] = room
-        table[..., start:pages] = page_bounds(site.k[:, :, start * size :], size, site.first, start * size).mT
+        if start < pages:
+            new = site.k[:, :, start * size : pages * size]
+            table[..., start:pages] = page_bounds(new, size, site.first, start * size).mT
         state["known"] = site.keys
         return table
 
@@ -87,14 +87,10 @@ class Quest(AttentionMethod):
 def page_bounds(k: Tensor, size: int, first: Tensor | None = None, at: int = 0) -> Tensor:
     """[max, min] over each `size` keys, padding left out. k (batch, kv_heads, keys, width) -> (.., pages, 2 width) float32.
 
-    The last page may be ragged. Keys before `first` (batch,), counted from `at` in front of k, are padding; pages of
-    nothing else are zero.
+    `size` divides the keys. Keys before `first` (batch,), counted from `at` in front of k, are padding; pages of nothing
+    else are zero.
     """
-    short = -k.shape[2] % size
-    k = k.float()
-    if short:
-        k = torch.cat([k, k[:, :, -1:].expand(-1, -1, short, -1)], 2)
-    high = low = k.unflatten(2, (-1, size))  # (batch, kv_heads, pages, size, width)
+    high = low = k.float().unflatten(2, (-1, size))  # (batch, kv_heads, pages, size, width)
     if first is not None and int(first.max()) > at:
         gone = (torch.arange(at, at + k.shape[2], device=k.device) < first.to(k.device)[:, None]).view(
             len(k), 1, -1, size, 1
@@ -106,6 +102,6 @@ def page_bounds(k: Tensor, size: int, first: Tensor | None = None, at: int = 0) 
 
 def _pages(pages: Tensor, size: int, keys: int) -> Pieces:
     """Lists of ascending pages (batch, lists, n) for one row. Neighbours stay apart: joining costs more than it saves."""
-    starts = pages.flatten().int() * size
+    starts = pages.flatten().int().mul_(size)
     offsets = torch.arange(0, len(starts) + 1, pages.shape[2])
-    return Pieces(offsets, starts, (starts + size).clamp(max=keys), (pages.shape[0], pages.shape[1], 1), 1, 1, keys)
+    return Pieces(offsets, starts, (starts + size).clamp_(max=keys), (pages.shape[0], pages.shape[1], 1), 1, 1, keys)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskwright.core.errors import BadInput
+from maskwright.kernels.block_attention import cpu
 from maskwright.kernels.block_attention.gather import block_attention_gather
 from maskwright.kernels.block_attention.pieces import Pieces
 from maskwright.kernels.block_attention.reference import block_attention_reference
@@ -44,8 +45,6 @@ def choose(q: Tensor, impl: str = "auto") -> Choice:
 def _native_refuses(q: Tensor) -> str | None:
     if q.device.type != "cpu":
         return f"the native kernels run on the CPU, not on {q.device.type}"
-    from maskwright.kernels.block_attention import cpu
-
     return cpu.available() or cpu.refuses(q)
 
 
@@ -77,9 +76,7 @@ def block_attention(
         from maskwright.kernels.block_attention.flex import block_attention_flex
 
         return block_attention_flex(*told)
-    from maskwright.kernels.block_attention.cpu import block_attention_cpu
-
-    return block_attention_cpu(*told)
+    return cpu.block_attention_cpu(*told)
 
 
 def _check(

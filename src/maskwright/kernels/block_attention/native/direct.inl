@@ -4,12 +4,20 @@ namespace {
 
 constexpr int64_t STEP = 128;  // keys whose scores are kept
 
-// s[l][j] = q[l] k[j], four keys at a time; s is written up to the next multiple of four.
+// Asks for a row before it is needed: short runs of keys lie where the chip's own prefetcher does not look.
+template <class S>
+inline void ask(const S* row, int64_t width) {
+  for (int64_t d = 0; d < width; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
+}
+
+// s[l][j] = q[l] k[j], four keys at a time; s is written up to the next multiple of four. `then` (or null): the n rows
+// that are read next.
 template <class I, class S, int L, class A>
-__attribute__((noinline)) void dots(const S* const* k, int64_t n, const A* q, int64_t width, A* s) {
+__attribute__((noinline)) void dots(const S* const* k, const S* const* then, int64_t n, const A* q, int64_t width, A* s) {
   for (int64_t j = 0; j < n; j += 4) {
     const S* p[4];
     for (int r = 0; r < 4; ++r) p[r] = k[std::min(j + r, n - 1)];
+    for (int r = 0; then && r < 4; ++r) ask(then[std::min(j + r, n - 1)], width);
     typename I::F sum[4][L];
     each<4>([&](auto r) { each<L>([&](auto l) { sum[r][l] = I::zero(); }); });
     int64_t d = 0;
@@ -28,13 +36,15 @@ __attribute__((noinline)) void dots(const S* const* k, int64_t n, const A* q, in
   }
 }
 
-// sums[l][at ...] += weights[l][j] v[j][at ...], C registers wide.
+// sums[l][at ...] += weights[l][j] v[j][at ...], C registers wide. `then`: `more` rows that are read next.
 template <class I, class S, int L, int C, class A>
-__attribute__((noinline)) void weigh_part(const S* const* v, int64_t n, const A* weights, int64_t at, int64_t width, A* sums) {
+__attribute__((noinline)) void weigh_part(const S* const* v, const S* const* then, int64_t more, int64_t n, const A* weights,
+                                          int64_t at, int64_t width, A* sums) {
   typename I::F sum[L][C];
   each<L>([&](auto l) { each<C>([&](auto c) { sum[l][c] = I::load(sums + l * width + at + c * I::lanes); }); });
   for (int64_t j = 0; j < n; ++j) {
     const S* p = v[j] + at;
+    if (at == 0 && j < more) ask(then[j], width);
     typename I::F w[L];
     each<L>([&](auto l) { w[l] = I::all(weights[l * STEP + j]); });
     each<C>([&](auto c) {
@@ -46,13 +56,13 @@ __attribute__((noinline)) void weigh_part(const S* const* v, int64_t n, const A*
 }
 
 template <class I, class S, int L, class A>
-inline void weigh(const S* const* v, int64_t n, const A* weights, int64_t width, A* sums) {
+inline void weigh(const S* const* v, const S* const* then, int64_t more, int64_t n, const A* weights, int64_t width, A* sums) {
   constexpr int64_t W = I::lanes;
   int64_t d = 0;
   if constexpr (L == 1)
-    for (; d + 8 * W <= width; d += 8 * W) weigh_part<I, S, L, 8>(v, n, weights, d, width, sums);
-  for (; d + 4 * W <= width; d += 4 * W) weigh_part<I, S, L, 4>(v, n, weights, d, width, sums);
-  for (; d + W <= width; d += W) weigh_part<I, S, L, 1>(v, n, weights, d, width, sums);
+    for (; d + 8 * W <= width; d += 8 * W) weigh_part<I, S, L, 8>(v, then, more, n, weights, d, width, sums);
+  for (; d + 4 * W <= width; d += 4 * W) weigh_part<I, S, L, 4>(v, then, more, n, weights, d, width, sums);
+  for (; d + W <= width; d += W) weigh_part<I, S, L, 1>(v, then, more, n, weights, d, width, sums);
   for (; d < width; ++d)
     for (int l = 0; l < L; ++l)
       for (int64_t j = 0; j < n; ++j) sums[l * width + d] += weights[l * STEP + j] * widened(v[j][d]);
@@ -129,8 +139,8 @@ void direct(const Job& job, const Part& part) {
   A* s = memory.take<A>(rows.count * STEP);
   A* sums = memory.take<A>(rows.count * width);
   A *greatest = memory.take<A>(rows.count), *total = memory.take<A>(rows.count);
-  int32_t *index = memory.take<int32_t>(STEP), *place = memory.take<int32_t>(STEP);
-  const S **k = memory.take<const S*>(STEP), **v = memory.take<const S*>(STEP);
+  int32_t *index = memory.take<int32_t>(STEP), *ahead = memory.take<int32_t>(STEP), *place = memory.take<int32_t>(STEP);
+  const S **k = memory.take<const S*>(STEP), **v = memory.take<const S*>(STEP), **then = memory.take<const S*>(STEP);
   for (int64_t l = 0; l < rows.count; ++l) {
     const S* from = row_of<S>(job.q, unit.batch, rows.head(unit, l), rows.row(unit, l));
     for (int64_t d = 0; d < width; ++d) q[l * width + d] = widened(from[d]) * static_cast<A>(job.scale * LOG2E);
@@ -144,10 +154,11 @@ void direct(const Job& job, const Part& part) {
   const S* v0 = row_of<S>(job.v, unit.batch, head, 0);
   Runs runs(job, unit.list, keys_of(job, rows));
   runs.skip(part.first);
-  for (int64_t left = part.last - part.first; left > 0;) {
-    const int64_t n = runs.fill(index, std::min(STEP, left));
-    if (n == 0) break;
+  int64_t left = part.last - part.first, more;
+  for (int64_t n = runs.fill(index, std::min(STEP, left)); n > 0; n = more, std::swap(index, ahead)) {
     left -= n;
+    more = runs.fill(ahead, std::min(STEP, left));
+    for (int64_t j = 0; j < more; ++j) then[j] = k0 + ahead[j] * job.k.row;
     for (int64_t j = 0; j < n; ++j) {
       k[j] = k0 + index[j] * job.k.row, v[j] = v0 + index[j] * job.v.row;
       place[j] = job.positions ? job.positions[index[j]] : index[j];
@@ -156,11 +167,11 @@ void direct(const Job& job, const Part& part) {
     for (int64_t l = 0; l < rows.count;) {
       const auto some = [&](auto count) {
         constexpr int L = count;
-        dots<I, S, L>(k, n, q + l * width, width, s + l * STEP);
+        dots<I, S, L>(k, l == 0 ? v : nullptr, n, q + l * width, width, s + l * STEP);
         for (int64_t r = l; r < l + L; ++r)
           soften_row<I>(job, rows, r, index, place, n, rows.open(r, r + 1, *low, *high), s + r * STEP, greatest[r], total[r],
                         sums + r * width);
-        weigh<I, S, L>(v, n, s + l * STEP, width, sums + l * width);
+        weigh<I, S, L>(v, then, l == 0 ? more : 0, n, s + l * STEP, width, sums + l * width);
         l += L;
       };
       const int64_t rest = rows.count - l;
