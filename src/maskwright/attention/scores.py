@@ -159,7 +159,7 @@ def best_few(who: str, site: AttentionSite, score: Tensor, count: int) -> Tensor
     if count < units:
         value, at = score.numpy(force=True), units - count - 1
         border = np.partition(value, at, axis=-1)[..., at : at + 1]
-        index = np.flatnonzero(value > border)  # at most `count` a row; fewer with a tie, or with a NaN, which is above nothing
+        index = np.flatnonzero(value > border)  # `count` a row; fewer with a tie or a NaN, which is above nothing
         if len(index) * units == count * value.size:
             return torch.from_numpy(index % units).view(*score.shape[:-1], count).to(score.device)
     return best(who, site, score, torch.tensor(count)).nonzero()[:, -1].view(*score.shape[:-1], count)
