@@ -73,8 +73,8 @@ def haystack(
         before = cut
     row += prose[start + before : start + room]
     order = rng.permutation(needles)
-    # The needle's own beginning, not a question in a chat: SmolLM2-135M answers a third more of these.
-    asked = [ids(f"\n\nThe special magic number for {w} is ") for w in words]
+    # A question and the beginning of its answer: of the forms tried, SmolLM2-135M answers most of these.
+    asked = [ids(f"\nWhat is the special magic number for {w}? The special magic number for {w} is ") for w in words]
     told = [ids(str(v)) for v in numbers]
     return Haystack(
         torch.tensor([row]),
