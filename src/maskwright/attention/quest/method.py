@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import final
 
 import torch
@@ -49,7 +50,7 @@ class Quest(AttentionMethod):
             return site.dense()
         bounds = self._bounds(site, state)[..., : current + 1]  # (batch, kv_heads, 2 width, pages)
         q = site.q.float().reshape(site.batch, site.kv_heads, site.group, -1)
-        both = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)  # max(q a, q b) = relu(q) max(a, b) - relu(-q) min(a, b)
+        both = torch.cat([q, -q], -1).relu_()  # max(q a, q b) = relu(q) max(a, b) + relu(-q) max(-a, -b)
         both = both.sum(2, keepdim=True) if self.share_pages and site.group > 1 else both
         score = (both @ bounds).flatten(1, 2)  # (batch, kv_heads | heads, pages)
         score[..., current] = float("inf")
@@ -63,7 +64,7 @@ class Quest(AttentionMethod):
         return KeyPlan(1, site.keys, site.structure, pieces, offset=site.offset)
 
     def _bounds(self, site: AttentionSite, state: State) -> Tensor:
-        """[max, min] of every whole page, (batch, kv_heads, 2 width, pages with room), those of new pages alone computed."""
+        """[max, -min] of every whole page, (batch, kv_heads, 2 width, pages with room), those of new pages alone computed."""
         size, pages = self.page_size, site.keys // self.page_size
         table: Tensor | None = state.get("bounds")
         known: int = state.get("known", 0)
@@ -85,7 +86,7 @@ class Quest(AttentionMethod):
 
 
 def page_bounds(k: Tensor, size: int, first: Tensor | None = None, at: int = 0) -> Tensor:
-    """[max, min] over each `size` keys, padding left out. k (batch, kv_heads, keys, width) -> (.., pages, 2 width) float32.
+    """[max, -min] over each `size` keys, padding left out. k (batch, kv_heads, keys, width) -> (.., pages, 2 width) float32.
 
     `size` divides the keys. Keys before `first` (batch,), counted from `at` in front of k, are padding; pages of nothing
     else are zero.
@@ -96,12 +97,18 @@ def page_bounds(k: Tensor, size: int, first: Tensor | None = None, at: int = 0) 
             len(k), 1, -1, size, 1
         )
         high, low = high.masked_fill(gone, float("-inf")), low.masked_fill(gone, float("inf"))
-    found = torch.cat([high.amax(3), low.amin(3)], -1)
+    found = torch.cat([high.amax(3), -low.amin(3)], -1)
     return found if first is None else found.masked_fill(found.isinf(), 0.0)
 
 
 def _pages(pages: Tensor, size: int, keys: int) -> Pieces:
     """Lists of ascending pages (batch, lists, n) for one row. Neighbours stay apart: joining costs more than it saves."""
     starts = pages.flatten().int().mul_(size)
-    offsets = torch.arange(0, len(starts) + 1, pages.shape[2])
+    offsets = _offsets(pages.shape[0] * pages.shape[1], pages.shape[2])
     return Pieces(offsets, starts, (starts + size).clamp_(max=keys), (pages.shape[0], pages.shape[1], 1), 1, 1, keys)
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what one request made serves the next one, which may ask for gradients
+def _offsets(lists: int, pages: int) -> Tensor:
+    return torch.arange(lists + 1) * pages
