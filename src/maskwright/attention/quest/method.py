@@ -64,7 +64,7 @@ class Quest(AttentionMethod):
         return KeyPlan(1, site.keys, site.structure, pieces, offset=site.offset)
 
     def _bounds(self, site: AttentionSite, state: State) -> Tensor:
-        """[max, -min] of every whole page, (batch, kv_heads, 2 width, pages with room), those of new pages alone computed."""
+        """[max, -min] of every whole page, (batch, kv_heads, 2 width, pages with room); new pages alone are computed."""
         size, pages = self.page_size, site.keys // self.page_size
         table: Tensor | None = state.get("bounds")
         known: int = state.get("known", 0)
