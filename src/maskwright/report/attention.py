@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 FORMAT = "maskwright.attention"
 WHAT = {
     "prefill": "What the prefill reads: rows are queries, columns keys, a dot a tile of them that is read at all.",
-    "decode": "The prefill is dense. What decoded tokens read: a row a head, columns are tiles of keys, dark where more of "
-    "the tokens read them.",
-    "cache": "The prefill is dense. What stays in the cache after it: a row a key head, columns are tiles of keys, dark "
-    "where more of them stay.",
+    "decode": "What decoded tokens read: a row a head, columns are tiles of keys, dark where more of the tokens read them.",
+    "cache": "What stays in the cache after the prefill: a row a key head, columns are tiles of keys, dark where more of "
+    "them stay.",
 }
 _COLUMNS = 64
 
