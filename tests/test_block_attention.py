@@ -60,7 +60,7 @@ def test_gather_equals_the_oracle_with_gradients(problem):
 
 
 @given(problems())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_flex_equals_the_oracle(problem):
     q, k, v, plan = problem
     if min(plan.queries, plan.keys) == 1:

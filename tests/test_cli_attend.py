@@ -232,7 +232,7 @@ def test_a_plan_is_made_saved_shown_and_attended_with(model, tmp_path):
     assert (
         plan["method"] == "moa" and plan["model"] == {"layers": 4, "heads": 4, "kv_heads": 2} and plan["grid"]["block"] == 8
     )
-    assert all(0.44 < share <= 0.5 for share in plan["table"]["densities"])
+    assert all(0.45 <= round(share, 9) <= 0.5 for share in plan["table"]["densities"])
     refused("--replace", "plan", model, *small)
     told = json.loads(good("plan", model, *small, "--replace", "--json").splitlines()[-1])
     assert {k: told[k] for k in plan if k != "table"} == {k: plan[k] for k in plan if k != "table"}
