@@ -65,6 +65,8 @@ def test_one_final_frozen_class_with_defaults(card):
     kind()
     numbers = [name for name, value in card.contract.tiny.items() if isinstance(value, (int, float)) and value is not True]
     bad = {"density": 1.5} if "density" in kind.__dataclass_fields__ else {numbers[0] if numbers else "n": -1}
+    if bad == {"scale": -1}:  # a negative one forgets a task
+        bad = {"scale": float("nan")}
     with pytest.raises(BadInput):
         kind(**bad)
     tree = ast.parse(inspect.getsource(inspect.getmodule(kind)))

@@ -15,6 +15,7 @@ from maskwright.cli.check import check
 from maskwright.cli.generate import generate
 from maskwright.cli.lab import lab
 from maskwright.cli.masks import app as mask
+from maskwright.cli.merge import merge
 from maskwright.cli.packing import pack, unpack
 from maskwright.cli.prune import prune
 from maskwright.cli.report import report
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command("prune")(prune)
 app.command("attend")(attend)
 app.command("plan")(plan)
+app.command("merge")(merge)
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("check")(check)

@@ -70,9 +70,12 @@ def made(
 
 def recipes() -> dict[str, Recipe]:
     """Every lab model by name: those made here, and those that bring a module of their own."""
-    from maskwright.lab import diffusion, video
+    from maskwright.lab import diffusion, encoder, minilm, recogniser, video
 
-    return {**MADE, **diffusion.RECIPES, **video.RECIPES}
+    found = dict(MADE)
+    for module in (diffusion, encoder, minilm, recogniser, video):
+        found |= module.RECIPES
+    return found
 
 
 def recipe_of(name: str) -> Recipe:

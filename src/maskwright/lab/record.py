@@ -23,7 +23,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _DOCSTRING = re.compile(r'^[ \t]*[rR]?"""(?:[^\\]|\\.)*?"""[ \t]*$', re.MULTILINE | re.DOTALL)
 
 
-_ATTENTION = ("ask", "associative", "decoder", "diffusion", "haystack", "lessons", "recall", "video")
+# The lab's modules that only one place's claims use.
+_LAB = {
+    "attention": ("ask", "associative", "decoder", "diffusion", "haystack", "lessons", "recall", "video"),
+    "updates": ("encoder", "guides", "minilm", "recogniser", "retrieval", "tasks", "wordnet"),
+}
 
 
 def code_hash(card: Card) -> str:
@@ -42,7 +46,7 @@ def _core() -> str:
 def piece_hash(card: Card) -> str:
     """Hash for resuming a check: what code_hash covers, the place's and the lab's tools, and the versions at hand."""
     tools = [*_python(_PACKAGE / card.place)]
-    lab = ("images", "made", "models", "text", "train", "whisper") + (_ATTENTION if card.place == "attention" else ())
+    lab = ("images", "made", "models", "text", "train", "whisper", *_LAB.get(card.place, ()))
     tools += [_PACKAGE / "lab" / f"{name}.py" for name in lab]
     told = json.dumps([code_hash(card), _digest(tools), versions()])
     return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -1,0 +1,273 @@
+"""One merge from start to end: open and check, plan, stream tensor after tensor, score, describe; resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskwright import __version__
+from maskwright.cli.job import free_disk
+from maskwright.cli.merge_recipe import DTYPES, MergeRecipe, build_methods
+from maskwright.core.errors import BadInput
+from maskwright.lab.record import machine, peak_bytes, versions
+from maskwright.models.folder import copy_others, dump, kept_texts, read_object
+from maskwright.models.load import find, load
+from maskwright.models.streams import FileTensors, Folder, refuse_pickled
+from maskwright.report.merge_card import merge_card
+from maskwright.updates import Merging
+from maskwright.updates.merging import CHUNK
+from maskwright.updates.parts import TensorReport
+
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge reads, writes and takes. Bytes, seconds."""
+
+    tensors: int
+    parameters: int
+    read: int
+    written: int
+    seconds: float
+    memory: int
+
+
+class MergeJob:
+    """The merge of one recipe. `open` checks everything; `plan` is an estimate; `run` does the work."""
+
+    def __init__(self, recipe: MergeRecipe) -> None:
+        self.recipe = recipe
+        self.out = Path(recipe.out or "unnamed")
+        self.threads = recipe.threads or torch.get_num_threads()
+        self.seconds: dict[str, float] = {}
+
+    def open(self) -> None:
+        """Find and check the models. Raises BadInput before any long work."""
+        recipe = self.recipe
+        if not recipe.base:
+            raise BadInput(f"{recipe.method} needs the base that the models were tuned from: --base")
+        if not recipe.models:
+            raise BadInput("nothing to merge: give at least one --model")
+        if recipe.dtype is not None and recipe.dtype not in DTYPES:
+            raise BadInput(f"dtype {recipe.dtype!r} cannot be written, only {', '.join(DTYPES)}")
+        self.methods = build_methods(recipe)
+        self.paths = [_resolve(name) for name in (recipe.base, *(member.model for member in recipe.models))]
+        self._outside()
+        self.base, *self.tuned = [FileTensors(path) for path in self.paths]
+        if not recipe.any_tokenizer:
+            for path in self.paths[1:]:
+                _same_tokenizer(self.paths[0], path)
+        self.left = self.base.leave_out(recipe.base_only)
+        for model in self.tuned:
+            model.leave_out(recipe.base_only)
+        self.pool = ThreadPoolExecutor(self.threads)
+        self.merging = Merging(
+            self.base, self.tuned, self.methods, weights=[member.weight for member in recipe.models], seed=recipe.seed,
+            stats=recipe.stats, pool=self.pool,
+        )  # fmt: skip
+        self.dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
+        dtypes = {} if self.dtype is None else dict.fromkeys(self.merging.names, self.dtype)
+        inputs = {str(path): model.mark() for path, model in zip(self.paths, (self.base, *self.tuned), strict=True)}
+        identity = recipe.identity() | {"version": __version__, "inputs": inputs}
+        self.folder = Folder(self.out, self.base, dtypes, identity)
+
+    def _outside(self) -> None:
+        for path in self.paths:
+            inner, outer = self.out.resolve(), (path if path.is_dir() else path.parent).resolve()
+            if inner == outer or outer in inner.parents or inner in outer.parents:
+                raise BadInput(f"{self.out}: lies in {path} or holds it; choose another folder to write")
+
+    def plan(self) -> MergePlan:
+        """Sizes exactly, time from a trial on one tensor that is thrown away, memory from what is in flight."""
+        sizes = {name: prod(shape) for name, (_, shape) in self.merging.shapes.items()}
+        total = sum(sizes.values())
+        models = (self.base, *self.tuned)
+        read = sum(raw.size for model in models for raw in model.raws)
+        trial = max(self.merging.names, key=lambda name: (sizes[name] <= 16 * CHUNK, sizes[name]), default=None)
+        seconds = 0.0
+        if trial is not None and sizes[trial]:
+            with self._quiet_threads():
+                start = time.perf_counter()
+                Merging(self.base, self.tuned, self._by_tensor(), weights=self.merging.weights, pool=self.pool).tensor(
+                    trial, lambda at, piece: None, self.dtype
+                )
+                seconds = (time.perf_counter() - start) * total / sizes[trial]
+        # Each piece in flight: the base, a float32 delta a model, and a few buffers to combine them.
+        flight = (self.threads + 4) * CHUNK * 4 * (2 * len(self.tuned) + 6)
+        return MergePlan(
+            len(sizes), total, read, self.folder.nbytes, seconds + self.folder.nbytes / 2e9, (400 << 20) + flight
+        )
+
+    def _by_tensor(self) -> list[Any]:
+        # A threshold over all tensors reads everything: the trial takes the tensor's own.
+        first = self.methods[0]
+        swap: dict[str, Any] = {"group": "tensor"} if getattr(first, "group", "") == "global" else {}
+        swap |= {"zero": "plus"} if getattr(first, "zero", "") == "majority" else {}
+        return [replace(method, **swap) for method in self.methods]
+
+    @contextmanager
+    def _quiet_threads(self) -> Iterator[None]:
+        """The pool's threads are the parallel ones: inside each, torch works alone."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def run(self, say: Callable[[str], None], progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Do it and return the report. `progress(entries done, in all)`. Raises BadInput when the disk is too small."""
+        need = self.folder.nbytes + (1 << 20)
+        if not self.folder.work.exists() and free_disk(self.folder.work) < need:
+            raise BadInput(f"{self.out.parent}: {need >> 20} MiB are needed, {free_disk(self.out) >> 20} MiB are free")
+        self.folder.begin(self.recipe.resume, self.recipe.replace)
+        start = time.perf_counter()
+        told: dict[str, TensorReport] = {}
+        with self.folder.opened():
+            if self.folder.done:
+                say(f"resuming after {len(self.folder.done)} tensors")
+            with self._quiet_threads():
+                try:
+                    self.merging.prepare(say)
+                    self._stream(told, progress)
+                except BadInput:
+                    self.folder.discard()  # the same inputs would fail again
+                    raise
+            self.seconds["merge"] = time.perf_counter() - start
+            self._others()
+            report = self._report(told)
+            if self.recipe.evaluate:
+                report["quality"] = self._scores(say)
+            dump(self.folder.work / "report.json", report)
+            (self.folder.work / "README.md").write_text(merge_card(report), encoding="utf-8")
+            self.folder.finish()
+        self.close()
+        return report
+
+    def _stream(self, told: dict[str, TensorReport], progress: Callable[[int, int], None]) -> None:
+        sizes = {name: self.base.length(name) for name in (*self.merging.shapes, *self.left)}
+        total, at = sum(sizes.values()), 0
+        for name, size in sizes.items():
+            if name not in self.folder.done:
+                if name in self.left:
+                    for start in range(0, size, CHUNK):
+                        self.folder.write(name, start, self.base.read(name, start, min(start + CHUNK, size)))
+                else:
+
+                    def write(start: int, piece: Tensor, name: str = name) -> None:
+                        self.folder.write(name, start, piece)
+
+                    found = self.merging.tensor(name, write, self.dtype)
+                    if found is not None:
+                        told[name] = found
+                self.folder.whole(name)
+            at += size
+            progress(at, total)
+
+    def _others(self) -> None:
+        source = self.paths[0]
+        if not source.is_dir():
+            return
+        copy_others(source, self.folder.work)
+        if self.dtype is not None and (text := kept_texts(source).get("config.json")) is not None:
+            config = read_object(source / "config.json", text)
+            key = "torch_dtype" if "torch_dtype" in config else "dtype"
+            dump(self.folder.work / "config.json", config | {key: self.recipe.dtype})
+
+    def _report(self, told: dict[str, TensorReport]) -> dict[str, Any]:
+        recipe = self.recipe
+        models = []
+        for i, (member, method) in enumerate(zip(recipe.models, self.methods, strict=True)):
+            kept = sum(report.kept[i] for report in told.values())
+            total = sum(report.total for report in told.values())
+            counted = {"kept": kept, "total": total} if recipe.stats else {}
+            models.append({"model": member.model, "weight": member.weight, "settings": asdict(method), **counted})  # type: ignore[call-overload]
+        out: dict[str, Any] = {
+            "format": "maskwright.merge", "version": 1, "method": recipe.method, "base": recipe.base, "models": models,
+            "seed": recipe.seed, "dtype": recipe.dtype, "base_only": self.left, "command": recipe.command,
+            "parameters": sum(prod(shape) for _, shape in self.merging.shapes.values()), "bytes": self.folder.nbytes,
+            "seconds": self.seconds, "peak_bytes": peak_bytes(), "machine": machine(), "versions": versions(), "quality": [],
+        }  # fmt: skip
+        if recipe.stats:  # of the tensors merged in this run: a resumed one has not seen the others
+            total = sum(report.total for report in told.values())
+            out["overlap"] = sum(report.overlap for report in told.values()) / max(1, total)
+            out["conflict"] = sum(report.conflict for report in told.values()) / max(1, total)
+            out["tensors"] = {name: asdict(report) for name, report in told.items()}
+        return out
+
+    def _scores(self, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Perplexity of each input and of the merge, one model in memory at a time."""
+        from maskwright.lab.text import text_hash, topics_split
+        from maskwright.models.evaluate import loss, read_text, windows
+        from maskwright.models.load import Source
+
+        where = str(self.recipe.evaluate)
+        text = topics_split()[1] if where == "topics" else read_text(Path(where))
+        names = ["base", *(member.model for member in self.recipe.models), "merged"]
+        out = []
+        for name, path in zip(names, [*self.paths, self.folder.work], strict=True):
+            say(f"perplexity of {name}")
+            if not path.is_dir():
+                raise BadInput(f"{path}: only a model folder with a config can be scored")
+            model, tokenizer = load(Source(path, name, str(path)))
+            if tokenizer is None or model.get_output_embeddings() is None:
+                raise BadInput(f"{path}: --evaluate measures perplexity, which needs a language model and its tokenizer")
+            found = loss(model, windows(tokenizer, text, self.recipe.windows, self.recipe.length, what=where))
+            out.append({"model": name, **found.figures(), "text": where, "sha256": text_hash(text)})
+            del model
+        return out
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+        self.pool.shutdown(cancel_futures=True)
+        for model in (self.base, *self.tuned):
+            model.close()
+
+
+def _resolve(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.exists():
+        refuse_pickled(path)
+        if (path / "adapter_config.json").is_file():
+            raise BadInput(f"{path}: a PEFT adapter, not a model: merge it into its base first")
+        if path.is_file() or not (path / "config.json").is_file():
+            return path
+    return find(model).folder
+
+
+def _same_tokenizer(base: Path, other: Path) -> None:
+    if not (base.is_dir() and other.is_dir()):
+        return
+    for file in _TOKENIZERS:
+        mine, theirs = base / file, other / file
+        if mine.is_file() and theirs.is_file() and _words(mine) != _words(theirs):
+            raise BadInput(
+                f"{other}: its {file} differs from the base's, so a token means another thing; "
+                "--any-tokenizer merges all the same and keeps the base's"
+            )
+
+
+def _words(path: Path) -> str:
+    """What decides which token is which: of a tokenizer.json its vocabulary, merges and added tokens, else the bytes."""
+    content = path.read_bytes()
+    if path.name == "tokenizer.json":
+        try:
+            told = json.loads(content)
+            model = told["model"]
+            added = [[each["id"], each["content"]] for each in told.get("added_tokens") or []]
+            content = json.dumps([model.get("vocab"), model.get("merges"), added], sort_keys=True).encode()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass  # not of the known form: then its bytes must agree
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,173 @@
+"""The recipe of a merge: from the command line, from our YAML, or from mergekit's, checked in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from maskwright.cli.recipe import from_yaml
+from maskwright.core.errors import BadInput
+from maskwright.core.method import Card, methods
+from maskwright.core.method import card as card_of
+
+if TYPE_CHECKING:
+    from maskwright.updates import MergeMethod
+
+DTYPES = ("float32", "bfloat16", "float16")
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {  # mergekit's names for settings of a room
+    "dare_linear": ("dare", {"elect": False}),
+    "dare_ties": ("dare", {"elect": True}),
+    "breadcrumbs_ties": ("breadcrumbs", {"elect": True}),
+}
+_THEIRS = {"density": "density", "gamma": "drop_top", "lambda": "scale", "normalize": "normalise"}
+_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "name")
+
+
+class Member(BaseModel):
+    """One tuned model: its weight, and settings that differ from the recipe's."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    weight: float = 1.0
+    settings: dict[str, Any] = {}
+
+
+class MergeRecipe(BaseModel):
+    """Everything a merge depends on. `settings` are fields of the method's own dataclass."""
+
+    model_config = ConfigDict(extra="forbid")
+    method: str = "task_arithmetic"
+    base: str = ""
+    models: list[Member] = []
+    settings: dict[str, Any] = {}
+    dtype: str | None = None
+    base_only: list[str] = []
+    seed: int = 0
+    out: str = ""
+    evaluate: str | None = None
+    windows: int = Field(10, ge=1)
+    length: int = Field(512, ge=2)
+    threads: int | None = Field(None, ge=1)
+    stats: bool = False
+    any_tokenizer: bool = False
+    dry_run: bool = False
+    resume: bool = False
+    replace: bool = False
+    command: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result (not where it goes or how it was started)."""
+        return self.model_dump(include={"method", "models", "settings", "dtype", "base_only", "seed"})
+
+
+def read(path: Path, given: dict[str, Any]) -> MergeRecipe:
+    """A YAML recipe, ours or mergekit's, with the command line's values over it. Raises BadInput naming a wrong key."""
+    try:
+        told = from_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (UnicodeDecodeError, yaml.YAMLError, IsADirectoryError) as error:
+        raise BadInput(f"{path}: not a YAML recipe: {' '.join(str(error).split())[:160]}") from None
+    if not isinstance(told, dict):
+        raise BadInput(f"{path}: a recipe is a mapping of keys")
+    if "merge_method" in told:
+        told = _from_mergekit(told, path)
+    settings = {**told.get("settings", {}), **given.pop("settings", {})}
+    return make({**told, **given, "settings": settings}, str(path))
+
+
+def make(values: dict[str, Any], what: str = "merge") -> MergeRecipe:
+    """A checked recipe. Raises BadInput naming the first wrong key."""
+    try:
+        return MergeRecipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = f"; known: {', '.join(MergeRecipe.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise BadInput(f"{what}: {key}: {first['msg']}{known}") from None
+
+
+def _from_mergekit(told: dict[str, Any], path: Path) -> dict[str, Any]:
+    """mergekit's keys as ours, with its own defaults. Raises BadInput for what these methods have no use for."""
+    odd = [key for key in told if key not in _KEYS]
+    if odd:
+        raise BadInput(f"{path}: {odd[0]} is not read here; of mergekit's recipes these keys are: {', '.join(_KEYS)}")
+    if told.get("tokenizer_source") not in (None, "base"):
+        raise BadInput(f"{path}: tokenizer_source {told['tokenizer_source']!r}: only the base's tokenizer is handed on")
+    slug, fixed = ALIASES.get(str(told["merge_method"]), (str(told["merge_method"]), {}))
+    fields = _card(slug).load().__dataclass_fields__
+    common, weight = _parameters(told.get("parameters"), fields, path)
+    models = []
+    for member in told.get("models") or []:
+        if not isinstance(member, dict) or not isinstance(member.get("model"), str):
+            raise BadInput(f"{path}: models: each needs a `model`, got {member!r}")
+        if member["model"] == told.get("base_model"):
+            continue  # mergekit lets the base stand among the models, where it adds nothing
+        own, its_weight = _parameters(member.get("parameters"), fields, path)
+        chosen = its_weight if its_weight is not None else weight
+        if chosen is None:
+            raise BadInput(f"{path}: {member['model']} has no weight")
+        models.append({"model": member["model"], "weight": chosen, "settings": own})
+    # Where a setting is left out, mergekit's default and not the room's.
+    theirs = {"scale": 1.0, "density": 1.0, "drop_top": 0.01}
+    settings = {key: value for key, value in theirs.items() if key in fields} | fixed | common
+    for each in (settings, *(m["settings"] for m in models)):  # there, density wins over gamma
+        density = each.get("density", settings.get("density", 1.0))
+        if "drop_top" in fields and density + each.get("drop_top", settings["drop_top"]) > 1:
+            each["drop_top"] = max(0.0, 1 - density)
+    out = {"method": slug, "base": told.get("base_model") or "", "models": models, "settings": settings}
+    dtype = told.get("out_dtype") or told.get("dtype")
+    return out | ({"dtype": dtype} if dtype else {})
+
+
+def _parameters(told: Any, fields: dict[str, Any], path: Path) -> tuple[dict[str, Any], float | None]:
+    """(settings, weight) of one `parameters` mapping."""
+    settings: dict[str, Any] = {}
+    weight = None
+    for key, value in (told or {}).items():
+        if isinstance(value, list | dict):
+            raise BadInput(f"{path}: {key}: a list (a gradient over layers, or filters) is not read here; give one number")
+        if key == "weight":
+            weight = value
+        elif key == "rescale" and "rescale" in fields:
+            settings["rescale"] = "density" if value else "none"
+        elif key in _THEIRS and _THEIRS[key] in fields:
+            settings[_THEIRS[key]] = value
+        elif key not in ("int8_mask", "rescale", *_THEIRS):  # int8_mask only saves mergekit memory
+            raise BadInput(f"{path}: parameter {key!r} is not known here; known: weight, {', '.join(_THEIRS)}, rescale")
+    return settings, weight
+
+
+def _card(slug: str) -> Card:
+    known = [card.slug for card in methods("updates") if card.contract.kind == "merge"]
+    try:
+        card = card_of(slug)
+    except KeyError:
+        card = None
+    if card is None or card.slug not in known:
+        raise BadInput(f"{slug!r} is no merging method; known: {', '.join([*known, *ALIASES])}")
+    return card
+
+
+def build_methods(recipe: MergeRecipe) -> list[MergeMethod]:
+    """One method a model, with its fields. Raises BadInput listing the known methods or fields."""
+    slug, fixed = ALIASES.get(recipe.method, (recipe.method, {}))
+    card = _card(slug)
+    kind = card.load()
+    hints = get_type_hints(kind)
+    out = []
+    for member in recipe.models:
+        given = {}
+        for key, value in {**recipe.settings, **fixed, **member.settings}.items():
+            if key not in kind.__dataclass_fields__:
+                raise BadInput(f"{card.slug} has no setting {key!r}; it has {', '.join(kind.__dataclass_fields__)}")
+            try:
+                given[key] = TypeAdapter(hints[key]).validate_python(value)
+            except ValidationError as error:
+                said = error.errors(include_url=False, include_input=False)[0]["msg"]
+                raise BadInput(f"{card.slug}: {key}={value!r}: {said}") from None
+        out.append(kind(**given))
+    return out

@@ -1,0 +1,3 @@
+"""Room: Model Breadcrumbs."""
+
+from maskwright.updates.breadcrumbs.method import Breadcrumbs as Breadcrumbs

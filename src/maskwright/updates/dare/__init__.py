@@ -1,0 +1,3 @@
+"""Room: DARE."""
+
+from maskwright.updates.dare.method import Dare as Dare

@@ -1,0 +1,3 @@
+"""Room: task arithmetic."""
+
+from maskwright.updates.task_arithmetic.method import TaskArithmetic as TaskArithmetic

@@ -1,0 +1,3 @@
+"""Room: TIES-Merging."""
+
+from maskwright.updates.ties.method import Ties as Ties
