@@ -12,6 +12,7 @@ from maskwright.cli.attention_plan import plan
 from maskwright.cli.bench import bench
 from maskwright.cli.catalogue import cp, list_, show
 from maskwright.cli.check import check
+from maskwright.cli.delta import app as delta
 from maskwright.cli.generate import generate
 from maskwright.cli.lab import lab
 from maskwright.cli.masks import app as mask
@@ -38,6 +39,7 @@ app.command("pack")(pack)
 app.command("unpack")(unpack)
 app.command("list")(list_)
 app.command("show")(show)
+app.add_typer(delta, name="delta", help="Sparse differences of checkpoints: make, add, hand to PEFT.")
 app.add_typer(mask, name="mask", help="Look into mask files, combine them, verify checkpoints.")
 app.command("report")(report)
 app.command("lab")(lab)

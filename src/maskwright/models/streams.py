@@ -79,6 +79,10 @@ class FileTensors:
         self._shapes = {name: told for name, told in self._shapes.items() if name not in left}
         return left
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of any tensor, left out or not."""
+        return self._where[name].entries[name].shape
+
     def length(self, name: str) -> int:
         """Entries of one tensor."""
         return prod(self._where[name].entries[name].shape)

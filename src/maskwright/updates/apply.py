@@ -79,7 +79,7 @@ def add(model: nn.Module, *terms: Term, check: Check = "quick") -> Added:
         for name, delta in deltas.items():
             _fits(name, known, delta.shape)
             if not on:  # with something on already, the model is no longer the base
-                _same_base(name, known[name], deltas, check)
+                same_base(name, known[name], deltas, check)
             part = delta.only(masks[name]) if masks is not None and name in masks else delta
             touched.setdefault(name, []).append((part.indices, part.values * factor if factor != 1 else part.values))
     both = set(touched) & set(replaced)
@@ -135,7 +135,24 @@ def _fits(name: str, known: dict[str, Tensor], shape: tuple[int, ...]) -> None:
         raise BadInput(f"{name}: {known[name].dtype} cannot take a delta")
 
 
-def _same_base(name: str, value: Tensor, deltas: Deltas, check: Check) -> None:
+def added(name: str, value: Tensor, terms: Sequence[tuple[Deltas, float]]) -> Tensor:
+    """One tensor of a base with the terms' sum added (changed in place), or the tensor that replaces it."""
+    whole = [deltas.full[name] for deltas, _ in terms if name in deltas.full]
+    pieces = [(deltas[name].indices, deltas[name].values * factor) for deltas, factor in terms if name in deltas]
+    if len(whole) > 1 or (whole and pieces):
+        raise BadInput(f"{name} would be replaced and changed: use without_full() on one of the deltas")
+    for shape in {tuple(w.shape) for w in whole} | {deltas[name].shape for deltas, _ in terms if name in deltas}:
+        if shape != tuple(value.shape):
+            raise BadInput(f"{name}: the delta has shape {shape}, the model {tuple(value.shape)}")
+    if whole:
+        return whole[0].to(value.dtype)
+    if pieces:
+        _added(value, pieces)
+    return value
+
+
+def same_base(name: str, value: Tensor, deltas: Deltas, check: Check) -> None:
+    """Raise BadInput when the deltas were made for another tensor."""
     if check == "none" or name not in deltas.base:
         return
     theirs = deltas.base[name]
