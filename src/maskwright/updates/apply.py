@@ -17,6 +17,7 @@ from maskwright.updates.deltas import Deltas, quick_id
 
 Term = Deltas | tuple[Deltas, float] | tuple[Deltas, MaskSet, float]
 Check = Literal["quick", "full", "none"]
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ON: WeakKeyDictionary[nn.Module, list[Added]] = WeakKeyDictionary()
 
 
@@ -109,9 +110,16 @@ def _added(target: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Ten
         total = torch.zeros(len(where), dtype=wide)
         total.index_add_(0, place, torch.cat([values.to(wide) for _, values in pieces]))
         where, total = where.to(flat.device), total.to(flat.device)
-    before = flat[where]
     wide = torch.promote_types(torch.float32, target.dtype)
-    flat[where] = (before.to(wide) + total.to(wide)).to(target.dtype)
+    if target.device.type != "cpu":
+        before = flat[where]
+        flat[where] = (before.to(wide) + total.to(wide)).to(target.dtype)
+        return target, where, before
+    # numpy gathers and puts in this thread: torch wakes its pool for each of hundreds of small tensors.
+    bits, places = flat.view(_BITS[target.dtype.itemsize]).numpy(), where.numpy()
+    before = torch.from_numpy(bits[places]).view(target.dtype)
+    after = (before.to(wide) + total.to(wide)).to(target.dtype)
+    bits[places] = after.view(_BITS[target.dtype.itemsize]).numpy()
     return target, where, before
 
 

@@ -135,5 +135,5 @@ def _from_offsets(name: str, shape: tuple[int, ...], tensors: dict[str, Tensor])
         raise BadInput(f"{name}: {tuple(counts.shape)} {counts.dtype} cannot count the entries of {blocks} blocks")
     if offsets.dtype != torch.uint16 or offsets.shape != (int(counts.sum()),):
         raise BadInput(f"{name}: {tuple(offsets.shape)} {offsets.dtype} offsets for {int(counts.sum())} entries")
-    starts = torch.arange(blocks, dtype=torch.int64).mul_(BLOCK).repeat_interleave(counts.long())
-    return starts + torch.from_numpy(offsets.numpy().astype(np.int64))
+    starts = np.repeat(np.arange(blocks, dtype=np.int64) * BLOCK, counts.numpy())
+    return torch.from_numpy(starts + offsets.numpy())

@@ -1,0 +1,86 @@
+"""A sparse delta of SmolLM2-135M: its size beside the checkpoint's, the time to add it beside the time to load the model.
+
+    python benchmarks/delta.py
+
+The delta is real: three AdamW steps on the Python help topics, of which the 2% of entries that moved most are kept, in
+bf16. Loading and adding take turns in one process, files in the page cache. Writes results/delta.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from maskwright.lab.record import machine, results_dir, to_json, versions
+from maskwright.lab.text import topics_split
+from maskwright.models.evaluate import windows
+from maskwright.models.load import Source, find, load, read_in
+from maskwright.updates import Deltas, add, delta
+from maskwright.updates.cuts import Row, cuts
+from maskwright.updates.deltas import Delta
+
+DENSITY, ROUNDS = 0.02, 9
+
+
+def tuned_delta(folder: Path, file: Path) -> int:
+    """Write base (bf16) and delta; gives the entries of the model."""
+    base, tokenizer = load(find("default"), torch.bfloat16)
+    base.save_pretrained(folder)
+    start = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3)
+    for ids in windows(tokenizer, topics_split()[0], 3, 256):
+        optimizer.zero_grad()
+        base(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    whole = delta(dict(base.named_parameters()), start)
+    names = list(whole)
+    row = Row("all", (0,) * len(names), whole.total, lambda i: whole[names[i]].dense().flatten())
+    total = sum(weight.numel() for weight in start.values())
+    (cut,) = cuts(row, (round(DENSITY * total),))
+    found = {}
+    for i, name in enumerate(names):
+        gap = whole[name].dense().flatten()
+        where = (cut.keep(gap, i) & (gap != 0)).nonzero().flatten()
+        if len(where):
+            found[name] = Delta(whole[name].shape, where, gap[where])
+    Deltas(found, base={name: whole.base[name] for name in found}).save(file, torch.bfloat16)
+    return total
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, file = Path(scratch) / "model", Path(scratch) / "delta.safetensors"
+        total = tuned_delta(folder, file)
+        loads, adds, parts = [], [], []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            model, _ = load(Source(folder, "base", str(folder)), torch.bfloat16)
+            read_in(model)
+            loads.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            deltas = Deltas.load(file)
+            parts.append(time.perf_counter() - start)
+            add(model, deltas)
+            adds.append(time.perf_counter() - start)
+        size, dense = file.stat().st_size, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        told = {
+            "what": "SmolLM2-135M in bf16; the delta's own file is read within the time to add it, and its base is checked",
+            "parameters": total, "entries": deltas.count, "density": deltas.count / total,
+            "delta_bytes": size, "checkpoint_bytes": dense, "share_of_bytes": size / dense,
+            "load_seconds": statistics.median(loads), "load_spread": [min(loads), max(loads)],
+            "add_seconds": statistics.median(adds), "add_spread": [min(adds), max(adds)],
+            "of_it_reading_the_file": statistics.median(parts),
+            "add_over_load": statistics.median(adds) / statistics.median(loads),
+            "machine": machine(), "versions": versions(),
+        }  # fmt: skip
+    (results_dir() / "delta.json").write_text(to_json(told) + "\n", encoding="utf-8")
+    print(json.dumps(told, indent=1))
+
+
+if __name__ == "__main__":
+    main()
