@@ -246,6 +246,12 @@ def test_chance_keeps_its_share_and_the_mean_over_seeds_is_the_dense_delta(card)
     assert abs(share - made.density) < 4 * (made.density * (1 - made.density) / 40_000) ** 0.5
     mean = sum(merge(base, [tuned], method(card, scale=1.0), seed=seed).state["w"].mean() for seed in range(4)) / 4
     assert abs(float(mean) - 0.5) < 0.01
+    # Models draw apart from each other, and one model's masks are not another's of the next seed.
+    drawn = [merge(base, [tuned, base], made).state, merge(base, [base, tuned], made).state]
+    drawn.append(merge(base, [tuned, base], made, seed=1).state)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        same = float(((drawn[i]["w"] != 0) == (drawn[j]["w"] != 0)).float().mean())
+        assert abs(same - made.density**2 - (1 - made.density) ** 2) < 0.02
 
 
 @each("card", MERGING, ids=lambda c: c.slug)
