@@ -21,8 +21,8 @@ from maskwright.lab.train import char_windows, cross_entropy, loss_of, train
 from maskwright.updates.sparse_mezo import Log, SparseMezo
 
 CONTEXT, DENSITY, UNIT = 16, 0.25, 1e-5
-EQUAL = 2  # the shared rate of effect (b): UNIT * 2^2 = 4e-5, the sheet's
-START = {"dense": 2, "random": 4, "small": 3, "large": 7}  # where each search begins: the sheet's best rates, in octaves
+EQUAL = 0  # the shared small rate of effect (b), UNIT * 2^0: half the dense best or less (one pilot), as in the sheet
+START = {"dense": 1, "random": 3, "small": 2, "large": 6}  # where each search begins, in octaves: the sheet's ratios
 MODULES = """argparse ast bdb calendar cmd codecs configparser copy csv datetime decimal difflib doctest enum fractions
 ftplib functools gettext heapq inspect locale mailbox optparse pathlib pdb pickle plistlib platform pydoc random
 shutil smtplib statistics subprocess tarfile tempfile textwrap threading tokenize traceback typing uuid zipfile""".split()
