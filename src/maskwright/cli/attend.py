@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +45,7 @@ def attend(
     import torch
 
     from maskwright.cli.attend_job import Job, Request
+    from maskwright.cli.recipe import command_line
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype {dtype!r}: one of float32, bfloat16, float16")
@@ -58,7 +57,7 @@ def attend(
     if not slugs:
         raise typer.BadParameter("--method names no method")
     target = out or Path("out") / ("attend-" + "-".join(slugs))
-    command = "maskwright " + shlex.join(a for a in sys.argv[1:] if a != "--replace")
+    command = command_line()
     say = _say if not as_json else _note
     job = Job(
         Request(model, slugs, tuple(set_ or ()), text, length, questions, contexts, windows, decoded, stepwise, impl, dtype,

@@ -8,8 +8,8 @@ from typing import Any
 
 from maskwright.attention import AttentionMethod, ModelShape
 from maskwright.attention.huggingface import hosts, shape_of
-from maskwright.cli.recipe import _typed
 from maskwright.cli.recipe import settings as pairs_of
+from maskwright.cli.recipe import typed
 from maskwright.core.errors import BadInput
 from maskwright.core.method import Card, card, methods
 
@@ -46,7 +46,7 @@ def build(slugs: Sequence[str], pairs: Sequence[str]) -> list[tuple[str, Attenti
             has = "; ".join(f"{s} has {', '.join(kinds[s].__dataclass_fields__) or 'none'}" for s in slugs)
             raise BadInput(f"no setting {key!r}: {has}")
         for owner in owners:
-            given[owner][name] = _typed(kinds[owner], owner, name, value)
+            given[owner] |= typed(kinds[owner], owner, {name: value})
     return [(slug, kinds[slug](**given[slug])) for slug in slugs]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +44,7 @@ def merge(
     """Merge fine-tuned checkpoints of one base without holding a model in memory."""
     from maskwright.cli import merge_recipe as recipes
     from maskwright.cli.merge_job import MergeJob
-    from maskwright.cli.recipe import settings
+    from maskwright.cli.recipe import command_line, settings
 
     if out is None and recipe is not None and recipe.suffix not in (".yaml", ".yml"):
         recipe, out = None, recipe  # one argument, and not a recipe
@@ -67,7 +65,7 @@ def merge(
     if members:
         given["models"] = members
     given |= {"dry_run": dry_run, "resume": resume, "replace": replace, "stats": stats, "any_tokenizer": any_tokenizer}
-    given["command"] = "maskwright " + shlex.join(a for a in sys.argv[1:] if a not in ("--replace", "--resume"))
+    given["command"] = command_line()
     job = MergeJob(recipes.read(recipe, given) if recipe else recipes.make(given))
     job.open()
     _run(job, dry_run, as_json)

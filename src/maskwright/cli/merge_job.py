@@ -21,7 +21,7 @@ from maskwright.cli.job import free_disk
 from maskwright.cli.merge_recipe import DTYPES, MergeRecipe, build_methods
 from maskwright.core.errors import BadInput
 from maskwright.lab.record import machine, peak_bytes, versions
-from maskwright.models.folder import copy_others, dump, kept_texts, read_object
+from maskwright.models.folder import apart, copy_others, dump, kept_texts, read_object
 from maskwright.models.load import find, load
 from maskwright.models.streams import FileTensors, Folder, refuse_pickled
 from maskwright.report.merge_card import merge_card
@@ -64,7 +64,8 @@ class MergeJob:
             raise BadInput(f"dtype {recipe.dtype!r} cannot be written, only {', '.join(DTYPES)}")
         self.methods = build_methods(recipe)
         self.paths = [_resolve(name) for name in (recipe.base, *(member.model for member in recipe.models))]
-        self._outside()
+        for path in self.paths:
+            apart(self.out, path if path.is_dir() else path.parent)
         self.base, *self.tuned = [FileTensors(path) for path in self.paths]
         if not recipe.any_tokenizer:
             for path in self.paths[1:]:
@@ -82,12 +83,6 @@ class MergeJob:
         inputs = {str(path): model.mark() for path, model in zip(self.paths, (self.base, *self.tuned), strict=True)}
         identity = recipe.identity() | {"version": __version__, "inputs": inputs}
         self.folder = Folder(self.out, self.base, dtypes, identity)
-
-    def _outside(self) -> None:
-        for path in self.paths:
-            inner, outer = self.out.resolve(), (path if path.is_dir() else path.parent).resolve()
-            if inner == outer or outer in inner.parents or inner in outer.parents:
-                raise BadInput(f"{self.out}: lies in {path} or holds it; choose another folder to write")
 
     def plan(self) -> MergePlan:
         """Sizes exactly, time from a trial on one tensor that is thrown away, memory from what is in flight."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from maskwright.cli.recipe import from_yaml
+from maskwright.cli.recipe import checked, read_keys, typed
 from maskwright.core.errors import BadInput
 from maskwright.core.method import Card, methods
 from maskwright.core.method import card as card_of
@@ -65,14 +64,7 @@ class MergeRecipe(BaseModel):
 
 def read(path: Path, given: dict[str, Any]) -> MergeRecipe:
     """A YAML recipe, ours or mergekit's, with the command line's values over it. Raises BadInput naming a wrong key."""
-    try:
-        told = from_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (UnicodeDecodeError, yaml.YAMLError, IsADirectoryError) as error:
-        raise BadInput(f"{path}: not a YAML recipe: {' '.join(str(error).split())[:160]}") from None
-    if not isinstance(told, dict):
-        raise BadInput(f"{path}: a recipe is a mapping of keys")
+    told = read_keys(path)
     if "merge_method" in told:
         told = _from_mergekit(told, path)
     settings = {**told.get("settings", {}), **given.pop("settings", {})}
@@ -81,13 +73,7 @@ def read(path: Path, given: dict[str, Any]) -> MergeRecipe:
 
 def make(values: dict[str, Any], what: str = "merge") -> MergeRecipe:
     """A checked recipe. Raises BadInput naming the first wrong key."""
-    try:
-        return MergeRecipe.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        known = f"; known: {', '.join(MergeRecipe.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise BadInput(f"{what}: {key}: {first['msg']}{known}") from None
+    return checked(MergeRecipe, values, what)
 
 
 def _from_mergekit(told: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -157,17 +143,4 @@ def build_methods(recipe: MergeRecipe) -> list[MergeMethod]:
     slug, fixed = ALIASES.get(recipe.method, (recipe.method, {}))
     card = _card(slug)
     kind = card.load()
-    hints = get_type_hints(kind)
-    out = []
-    for member in recipe.models:
-        given = {}
-        for key, value in {**recipe.settings, **fixed, **member.settings}.items():
-            if key not in kind.__dataclass_fields__:
-                raise BadInput(f"{card.slug} has no setting {key!r}; it has {', '.join(kind.__dataclass_fields__)}")
-            try:
-                given[key] = TypeAdapter(hints[key]).validate_python(value)
-            except ValidationError as error:
-                said = error.errors(include_url=False, include_input=False)[0]["msg"]
-                raise BadInput(f"{card.slug}: {key}={value!r}: {said}") from None
-        out.append(kind(**given))
-    return out
+    return [kind(**typed(kind, card.slug, {**recipe.settings, **fixed, **member.settings})) for member in recipe.models]

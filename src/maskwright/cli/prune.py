@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +49,7 @@ def prune(
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
     given |= {"dry_run": dry_run, "resume": resume, "replace": replace, "any_machine": any_machine}
-    given["command"] = "maskwright " + shlex.join(a for a in sys.argv[1:] if a not in ("--replace", "--resume"))
+    given["command"] = recipes.command_line()
     chosen = recipes.read(recipe, given) if recipe else recipes.make(given, "prune")
     if not chosen.out and not dry_run:
         raise typer.BadParameter("say where the result goes: --out DIR")

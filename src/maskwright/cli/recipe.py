@@ -4,8 +4,11 @@ and the method it names."""
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -15,6 +18,8 @@ from maskwright.core.method import card as card_of
 
 if TYPE_CHECKING:
     from maskwright.weights import OneShot
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Yaml(yaml.SafeLoader):
@@ -82,28 +87,44 @@ class Recipe(BaseModel):
 
 def read(path: Path, given: dict[str, Any]) -> Recipe:
     """A YAML recipe with the command line's values over it. Raises BadInput naming the first wrong key."""
-    try:
-        told = from_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"{path}: not a YAML recipe: {' '.join(str(error).split())[:160]}") from None
-    if not isinstance(told, dict):
-        raise BadInput(f"{path}: a recipe is a mapping of keys")
+    told = read_keys(path)
     if isinstance(told.get("where"), str):
         told["where"] = [told["where"]]
     return make({**told, **given}, str(path))
 
 
+def read_keys(path: Path) -> dict[str, Any]:
+    """The keys of a YAML recipe. Raises BadInput for a file that is none."""
+    try:
+        told = from_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (UnicodeDecodeError, yaml.YAMLError, IsADirectoryError) as error:
+        raise BadInput(f"{path}: not a YAML recipe: {' '.join(str(error).split())[:160]}") from None
+    if not isinstance(told, dict):
+        raise BadInput(f"{path}: a recipe is a mapping of keys")
+    return told
+
+
 def make(values: dict[str, Any], what: str = "recipe") -> Recipe:
     """A checked recipe. Raises BadInput naming the first wrong key."""
+    return checked(Recipe, values, what)
+
+
+def checked(kind: type[Model], values: dict[str, Any], what: str) -> Model:
+    """`values` as a recipe of `kind`. Raises BadInput naming the first wrong key, and the known ones."""
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        known = f"; known: {', '.join(Recipe.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        known = f"; known: {', '.join(kind.model_fields)}" if first["type"] == "extra_forbidden" else ""
         raise BadInput(f"{what}: {key}: {first['msg']}{known}") from None
+
+
+def command_line() -> str:
+    """The command as it is kept with a result: what only says how it was started is left out."""
+    return "maskwright " + shlex.join(word for word in sys.argv[1:] if word not in ("--replace", "--resume"))
 
 
 def settings(pairs: list[str]) -> dict[str, Any]:
@@ -150,22 +171,23 @@ def build_method(recipe: Recipe) -> OneShot:
         if recipe.budget not in BUDGETS:
             raise BadInput(f"unknown budget {recipe.budget!r}; known: {', '.join(BUDGETS)}")
         given["budget"] = recipe.budget
-    fields = kind.__dataclass_fields__
-    for key, value in recipe.settings.items():
-        if key not in fields:
-            raise BadInput(f"{card.slug} has no setting {key!r}; it has {', '.join(fields)}")
-        given[key] = _typed(kind, card.slug, key, value)
+    given |= typed(kind, card.slug, recipe.settings)
     try:
         return kind(**given)
     except TypeError as error:
         raise BadInput(f"{card.slug}: {error}") from None
 
 
-def _typed(kind: type, slug: str, key: str, value: Any) -> Any:
-    """A setting as its field's type. Raises BadInput for a value that is none."""
-    hint = get_type_hints(kind)[key]
-    try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        said = error.errors(include_url=False, include_input=False)[0]["msg"]
-        raise BadInput(f"{slug}: {key}={value!r}: {said}") from None
+def typed(kind: type, slug: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a method as its fields' types. Raises BadInput for one it does not have, and a value that is none."""
+    fields, hints = kind.__dataclass_fields__, get_type_hints(kind)  # type: ignore[attr-defined]
+    out = {}
+    for key, value in settings.items():
+        if key not in fields:
+            raise BadInput(f"{slug} has no setting {key!r}; it has {', '.join(fields)}")
+        try:
+            out[key] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            said = error.errors(include_url=False, include_input=False)[0]["msg"]
+            raise BadInput(f"{slug}: {key}={value!r}: {said}") from None
+    return out

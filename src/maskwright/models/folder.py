@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,17 +27,32 @@ def fresh(out: Path, source: Path, replace: bool) -> Iterator[Path]:
     """
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; a folder is written")
+    apart(out, source)
+    if out.exists() and not replace:
+        raise BadInput(f"{out} exists; --replace overwrites it")
+    with set_aside(out) as aside, building(out) as work:
+        yield work
+        aside()
+
+
+def apart(out: Path, source: Path) -> None:
+    """Raise BadInput when the folder to write is, holds or lies in the one that is read."""
     inner, outer = out.resolve(), source.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise BadInput(f"{out}: lies in {source} or holds it; choose another folder to write")
-    if out.exists() and not replace:
-        raise BadInput(f"{out} exists; --replace overwrites it")
+
+
+@contextlib.contextmanager
+def set_aside(out: Path) -> Iterator[Callable[[], None]]:
+    """Gives what moves an `out` that is there out of the way of the new one's rename; at the end the old one is gone."""
     old = out.with_name(out.name + ".old")
-    with building(out) as work:
-        yield work
+
+    def aside() -> None:
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
+
+    yield aside
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskwright.core.errors import BadInput
 from maskwright.models.checkpoint import Checkpoint, plain, some
-from maskwright.models.folder import INDEX_END, dump
+from maskwright.models.folder import INDEX_END, dump, set_aside
 from maskwright.models.raw import CODES, DTYPES, Entry, Raw, place, raw_bytes, render
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -211,12 +211,9 @@ class Folder:
             os.fsync(handle)
         self._journal.unlink(missing_ok=True)
         self._plan.unlink(missing_ok=True)
-        old = self.out.with_name(self.out.name + ".old")
-        if self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-        self.work.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        with set_aside(self.out) as aside:
+            aside()
+            self.work.rename(self.out)
 
 
 def _lines(path: Path) -> list[str]:

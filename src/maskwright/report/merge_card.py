@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from maskwright.report.words import count, plus_minus, share, size
+from maskwright.report.words import cell, count, hub_id, plus_minus, share, size, table
 
 
 def merge_card(report: Mapping[str, Any]) -> str:
     """A README.md with YAML front matter for the folder a merge leaves."""
-    parts = [_front(report), f"# Merged by {_cell(report['method'])}"]
+    parts = [_front(report), f"# Merged by {cell(report['method'])}"]
     parts.append(
-        f"{len(report['models'])} models tuned from `{_cell(report['base'])}` in one: "
+        f"{len(report['models'])} models tuned from `{cell(report['base'])}` in one: "
         f"{count(report['parameters'])} parameters, "
         f"{size(report['bytes'])}. An ordinary checkpoint; it loads without maskwright."
     )
@@ -24,7 +23,7 @@ def merge_card(report: Mapping[str, Any]) -> str:
         settings = ", ".join(f"{key} {value}" for key, value in each["settings"].items())
         kept = (share(each["kept"] / max(1, each["total"])),) if counted else ()
         rows.append((each["model"], f"{each['weight']:g}", settings, *kept))
-    parts.append(_table(rows))
+    parts.append(table(rows))
     if counted:
         parts.append(
             f"{share(report['overlap'])} of the entries are kept by two models or more, "
@@ -34,7 +33,7 @@ def merge_card(report: Mapping[str, Any]) -> str:
         first = report["quality"][0]
         rows = [("", "perplexity ± standard error"), ("---", "---:")]
         rows += [(each["model"], plus_minus(each["value"], each["stderr"])) for each in report["quality"]]
-        parts += ["## Quality", _table(rows), f"Measured on {_cell(first['text'])}, sha256 `{first['sha256']}`."]
+        parts += ["## Quality", table(rows), f"Measured on {cell(first['text'])}, sha256 `{first['sha256']}`."]
     else:
         parts.append("Quality was not measured in this run.")
     if report["command"]:
@@ -49,15 +48,7 @@ def _front(report: Mapping[str, Any]) -> str:
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["maskwright", "merge", report["method"]]}
     # The hub reads base_model as ids of its repositories; a local name would link to a stranger's.
     names = [report["base"], *(each["model"] for each in report["models"])]
-    ids = [name for name in names if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)]
+    ids = [name for name in names if hub_id(name)]
     if len(ids) == len(names):
         front["base_model"] = ids
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---"
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
-
-
-def _cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from maskwright.report.schema import check
-from maskwright.report.words import arxiv, count, plain, plus_minus, share, size
+from maskwright.report.words import arxiv, cell, count, hub_id, plain, plus_minus, share, size, table
 
 _LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +34,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     title = f"{model['name']}, masked by {method['name'] or method['slug']}"
     title += f" at {r['pattern']}" if r["pattern"] else ""
     kept = r["kept"] / r["total"] if r["total"] else 0.0
-    parts = [_front(r), f"# {_cell(title)}"]
+    parts = [_front(r), f"# {cell(title)}"]
     parts.append(
         f"{count(r['kept'])} of {count(r['total'])} weights on {len(r['sites'])} sites are kept ({share(kept)}), "
         "the others are exactly zero. The tensors keep their dense shape, so the file loads without maskwright "
@@ -44,7 +43,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     parts += ["## Use", _LOAD, _MASKS, "## Before and after", _table(r, quality)]
     parts += ["## How it was made", f"```\n{command(r).replace('`', chr(39))}\n```", _made(r)]
     if r["notes"]:
-        parts += ["## Notes", "\n".join(f"- {_cell(note)}" for note in r["notes"])]
+        parts += ["## Notes", "\n".join(f"- {cell(note)}" for note in r["notes"])]
     parts.append("Every figure with its settings: `report.html`; for machines: `report.json`.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -72,7 +71,7 @@ def _front(r: Mapping[str, Any]) -> str:
     if model["class"].endswith("ForCausalLM"):
         front["pipeline_tag"] = "text-generation"
     # The hub reads base_model as the id of one of its repositories; a bare or local name would link to a stranger's.
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model["name"]):
+    if hub_id(model["name"]):
         front["base_model"] = model["name"]
     # A line break in a name would end the front matter early.
     front["model_name"] = " ".join(f"{model['name']} {r['method']['slug']} {r['pattern']}".split())
@@ -93,11 +92,11 @@ def _table(r: Mapping[str, Any], quality: Mapping[str, Any] | None) -> str:
         losses = [plus_minus(x["loss"], x["loss_stderr"]) for x in (before, after)]
         rows.append(("loss, nats a token", *losses))
     rows.append(("weights kept on sites", count(r["total"]), count(r["kept"])))
-    text = "\n".join("| " + " | ".join(_cell(c) for c in row) + " |" for row in rows)
-    measured = f"Measured on {_cell(quality['text']) or 'held-out text'}"
+    text = table(rows)
+    measured = f"Measured on {cell(quality['text']) or 'held-out text'}"
     if quality["tokens"] is not None:
         measured += f", {count(quality['tokens'])} tokens"
-    measured += f", sha256 `{_cell(quality['sha256'])}`." if quality["sha256"] else "."
+    measured += f", sha256 `{cell(quality['sha256'])}`." if quality["sha256"] else "."
     if quality["paired"]:
         paired = quality["paired"]
         difference = plus_minus(paired["loss_difference"], paired["stderr"], sign=True)
@@ -107,21 +106,16 @@ def _table(r: Mapping[str, Any], quality: Mapping[str, Any] | None) -> str:
 
 def _made(r: Mapping[str, Any]) -> str:
     method, calibration = r["method"], r["calibration"]
-    lines = [f"- method: {_cell(method['title'] or method['slug'])}"]
+    lines = [f"- method: {cell(method['title'] or method['slug'])}"]
     if arxiv(method["arxiv"]):
         lines[0] += f" ([arXiv {method['arxiv']}](https://arxiv.org/abs/{method['arxiv']}))"
     if method["settings"]:
-        lines.append(f"- settings: {_cell(plain(method['settings']))}")
+        lines.append(f"- settings: {cell(plain(method['settings']))}")
     if calibration:
         tokens = f", {count(calibration['tokens'])} tokens" if calibration["tokens"] is not None else ""
-        lines.append(f"- calibration: {_cell(calibration['source'])}{tokens}, sha256 `{_cell(calibration['sha256'])}`")
+        lines.append(f"- calibration: {cell(calibration['source'])}{tokens}, sha256 `{cell(calibration['sha256'])}`")
     if r["model"]["base_hash"]:
-        lines.append(f"- base weights: {_cell(r['model']['source'])}, hash `{_cell(r['model']['base_hash'])}`")
+        lines.append(f"- base weights: {cell(r['model']['source'])}, hash `{cell(r['model']['base_hash'])}`")
     if r["memory"]:
         lines.append(f"- peak memory: {size(r['memory']['peak_bytes'])}")
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    """One line of Markdown that cannot open a table cell, a code span or an HTML tag."""
-    return " ".join(str(text).split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")

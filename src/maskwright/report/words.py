@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -73,3 +73,18 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(plain(v) for v in value) or "none"
     return str(value)
+
+
+def hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository's id on the Hugging Face hub."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+
+
+def cell(text: object) -> str:
+    """One line of Markdown that cannot open a table cell, a code span or an HTML tag."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+
+
+def table(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as a Markdown table; the second one holds the dashes."""
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows)

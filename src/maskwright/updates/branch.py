@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from maskwright.core.errors import BadInput
 from maskwright.core.gate import Gated, gated
 from maskwright.core.mask import Mask
+from maskwright.updates.untouched import untouched
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,25 +209,16 @@ def _extra(model: nn.Module, train: Iterable[str], sites: Mapping[str, LinearSit
 
 @contextmanager
 def _as_before(model: nn.Module, extra: Mapping[str, nn.Parameter], run: Branched) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    values = [(tensor, tensor.detach().clone()) for tensor in (*model.buffers(), *extra.values())]
-    grads = [(parameter, parameter.grad) for parameter in extra.values()]
-    wanted = {id(parameter) for parameter in extra.values()}
-    for parameter, _ in flags:
-        parameter.requires_grad_(id(parameter) in wanted)
+    held = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in extra.values()]
     try:
-        yield
+        with untouched(model, extra.values(), lambda: run.merged):
+            yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
-        for parameter, grad in grads:
+        for parameter, value, grad in held:
             parameter.grad = grad
-        with torch.no_grad():
-            for tensor, value in () if run.merged else values:
-                tensor.copy_(value)
+            if not run.merged:
+                with torch.no_grad():
+                    parameter.copy_(value)
 
 
 class _Again:

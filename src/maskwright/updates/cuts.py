@@ -65,28 +65,29 @@ def each(pool: Executor | None, work: Callable[[In], Out], items: Iterable[In], 
 class Cut:
     """The `count` entries of greatest magnitude of a row; equal ones fall to the lower index.
 
-    bits: those of the smallest magnitude kept. tied, quota: per chunk, how many have exactly it and how many of them stay.
+    bits: those of the smallest magnitude kept. chunk, quota: of the entries that have exactly it, all of the chunks before
+    `chunk` stay, the first `quota` of that chunk, and none after.
     """
 
     bits: int
-    tied: tuple[int, ...]
-    quota: tuple[int, ...]
+    chunk: int = 0
+    quota: int = 0
 
     def keep(self, delta: Tensor, chunk: int) -> Tensor:
         """(n,) float32 of one chunk -> (n,) bool."""
         bits = magnitude_bits(delta)
+        if chunk < self.chunk:
+            return bits > self.bits - 1
         kept = bits > self.bits
-        if quota := self.quota[chunk]:
-            kept[(bits == self.bits).nonzero().flatten()[:quota]] = True
+        if chunk == self.chunk and self.quota:
+            kept[(bits == self.bits).nonzero().flatten()[: self.quota]] = True
         return kept
 
     def least(self, chunk: int) -> float | None:
-        """The magnitude that what stays exceeds (a kept 0 apart), or None where only some of the tied entries stay."""
-        if not self.quota[chunk] or not self.bits:
+        """The magnitude that what stays exceeds (a kept 0 apart), or None where only some of the tied entries may stay."""
+        if not self.bits or chunk > self.chunk or (chunk == self.chunk and not self.quota):
             return _float(self.bits)
-        if self.quota[chunk] == self.tied[chunk]:
-            return _float(self.bits - 1)
-        return None
+        return _float(self.bits - 1) if chunk < self.chunk else None
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,12 @@ def cuts(row: Row, counts: Sequence[int], pool: Executor | None = None) -> list[
             for where, part in zip(held, parts, strict=True):
                 held[where].append(part)
     return [
-        _cut(held[wanted[count]], wanted[count], count - int(above[wanted[count]])) if count in wanted
-        else Cut(_ABS, (0,) * number, (0,) * number)
+        _cut(row, held[wanted[count]], wanted[count], count - int(above[wanted[count]])) if count in wanted else Cut(_ABS)
         for count in counts
-    ]  # fmt: skip
+    ]
 
 
-def _cut(parts: list[Tensor], where: int, count: int) -> Cut:
+def _cut(row: Row, parts: list[Tensor], where: int, count: int) -> Cut:
     """The cut that keeps `count` of one bin's entries, whose lower bits are `parts`, chunk by chunk."""
     lower = torch.zeros(1 << _LOW, dtype=torch.int64)
     for part in parts:
@@ -159,13 +159,12 @@ def _cut(parts: list[Tensor], where: int, count: int) -> Cut:
     above = lower.flip(0).cumsum(0).flip(0) - lower
     low = int((above >= count).sum())
     left = count - int(above[low])
-    tied: list[int] = []
-    quota: list[int] = []
-    for part in parts:
-        tied.append(int((part == low).sum()))
-        quota.append(min(tied[-1], left))
-        left -= quota[-1]
-    return Cut(where << _LOW | low, tuple(tied), tuple(quota))
+    for chunk, part in enumerate(parts):
+        tied = int((part == low).sum())
+        if tied >= left:
+            return Cut(where << _LOW | low, chunk, left)
+        left -= tied
+    raise BadInput(f"{row.what}: changed while it was read")
 
 
 def _chosen(row: Row, count: int) -> Chosen:

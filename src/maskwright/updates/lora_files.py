@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskwright.core.cache import write_atomic
 from maskwright.core.errors import BadInput
 from maskwright.core.maskset import MaskSet
+from maskwright.updates.adapter_folder import CONFIG, PREFIX, WEIGHTS, write_adapter
 from maskwright.updates.branch import named
 from maskwright.updates.lora import Adapter
 
-CONFIG, WEIGHTS, MASKS = "adapter_config.json", "adapter_model.safetensors", "masks.safetensors"
-_PREFIX = "base_model.model."
+MASKS = "masks.safetensors"
 _REFUSED = {
     "use_dora": "DoRA rescales the whole weight",
     "lora_bias": "its B has a bias",
@@ -58,11 +57,11 @@ def read_peft(folder: str | Path) -> Adapter:
     B: dict[str, Tensor] = {}
     for key, value in tensors.items():
         side = next((s for s in ("A", "B") if key.endswith(f".lora_{s}.weight")), None)
-        if side is None or not key.startswith(_PREFIX):
+        if side is None or not key.startswith(PREFIX):
             raise BadInput(
                 f"{folder / WEIGHTS}: {key} is no factor of a Linear layer; such an adapter cannot be merged here"
             )
-        path = key.removeprefix(_PREFIX).removesuffix(f".lora_{side}.weight")
+        path = key.removeprefix(PREFIX).removesuffix(f".lora_{side}.weight")
         ({"A": A, "B": B}[side])[f"{path}.weight"] = value
     odd = sorted(set(A) ^ set(B))
     if odd or not A:
@@ -149,19 +148,15 @@ def write_peft(folder: str | Path, adapter: Adapter, *, base: str = "", dense: b
         "fan_in_fan_out": bool(adapter.transposed),
         "target_modules": [name.removesuffix(".weight") for name in adapter.A],
     }
-    from safetensors.torch import save
-
     tensors = {}
     for name in adapter.A:
-        path = _PREFIX + name.removesuffix(".weight")
+        path = PREFIX + name.removesuffix(".weight")
         for side, value in (("A", adapter.A[name]), ("B", adapter.B[name])):
             if not bool(torch.isfinite(value).all()):
                 raise BadInput(f"{name}: factor {side} of shape {tuple(value.shape)} is not finite")
             tensors[f"{path}.lora_{side}.weight"] = value.contiguous()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_adapter(folder, tensors, config)
     if masks is not None:
         masks.save(folder / MASKS)
     else:

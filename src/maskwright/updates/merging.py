@@ -55,6 +55,7 @@ class Merging:
         self.shapes = self._same_shapes()
         self.common = self.parts[0]
         self.names = [name for name, (dtype, _) in self.shapes.items() if dtype.is_floating_point]
+        self._pieces = {name: self._cut_up(shape) for name, (_, shape) in self.shapes.items()}
         self.leaning = 0.0
         self._whole: dict[int, Kept] = {}
         self._first: dict[str, int] = {}
@@ -95,15 +96,12 @@ class Merging:
 
     # Reading
 
-    def _starts(self, name: str) -> list[int]:
-        shape = self.shapes[name][1]
+    def _cut_up(self, shape: Shape) -> list[tuple[int, int]]:
+        """Where the pieces of a tensor begin and end; whole rows where rows compete."""
         length, width = prod(shape), _width(shape)
         by_row = any(part.sparsify.group == "row" for part in self.parts)
         step = max(1, CHUNK // width) * width if by_row and width else CHUNK
-        return list(range(0, length, step))
-
-    def _stop(self, starts: Sequence[int], chunk: int, name: str) -> int:
-        return starts[chunk + 1] if chunk + 1 < len(starts) else prod(self.shapes[name][1])
+        return [(start, min(start + step, length)) for start in range(0, length, step)]
 
     def delta(self, model: int, name: str, start: int, stop: int, base: Tensor | None = None) -> Tensor:
         """tuned - base of a piece, float32 or float64, as a new tensor."""
@@ -114,8 +112,7 @@ class Merging:
         return torch.sub(out, mine) if out is theirs else out.sub_(mine)
 
     def _row(self, model: int, names: Sequence[str]) -> Row:
-        places = [(name, start, self._stop(starts, i, name)) for name in names for starts in [self._starts(name)]
-                  for i, start in enumerate(starts)]  # fmt: skip
+        places = [(name, start, stop) for name in names for start, stop in self._pieces[name]]
         what = names[0] if len(names) == 1 else f"all {len(names)} tensors"
         length = sum(stop - start for _, start, stop in places)
         starts = tuple(start for _, start, _ in places)
@@ -129,7 +126,7 @@ class Merging:
         at = 0
         for name in names:
             self._first[name] = at
-            at += len(self._starts(name))
+            at += len(self._pieces[name])
         for model, part in enumerate(self.parts):
             if part.sparsify.group == "global":
                 progress(f"threshold over all tensors of {self.tuned[model].what}")
@@ -139,11 +136,11 @@ class Merging:
             total = 0
             for name in self.names:
                 kept = self._kept(name)
-                total += sum(each(self.pool, partial(self._signs, name, kept), range(len(self._starts(name)))))
+                total += sum(each(self.pool, partial(self._signs, name, kept), range(len(self._pieces[name]))))
             self.leaning = float((total > 0) - (total < 0))
 
     def _signs(self, name: str, kept: Sequence[_Choice], chunk: int) -> int:
-        parts = [part.mul_(w) for part, w in zip(self._deltas(name, kept, chunk)[0], self.weights, strict=True)]
+        parts = [part.mul_(w) for part, w in zip(self._deltas(name, kept, chunk)[1], self.weights, strict=True)]
         return int(Elected.total(parts).sign_().sum(dtype=torch.float64))
 
     def _kept(self, name: str) -> list[_Choice]:
@@ -164,23 +161,22 @@ class Merging:
             return 1.0
         if part.rescale == "density":
             return 1.0 / sparsify.density  # type: ignore[attr-defined]
-        starts = self._starts(name)
+        pieces = self._pieces[name]
 
         def norms(i: int) -> tuple[float, float]:
-            delta = self.delta(model, name, starts[i], self._stop(starts, i, name))
+            delta = self.delta(model, name, *pieces[i])
             before = float(delta.abs().sum(dtype=torch.float64))
             return before, float(kept.masked(delta, first + i).abs_().sum(dtype=torch.float64))
 
-        found = list(each(self.pool, norms, range(len(starts))))
+        found = list(each(self.pool, norms, range(len(pieces))))
         before, after = (sum(pair[side] for pair in found) for side in (0, 1))
         return before / after if after else 1.0
 
     # Work
 
-    def _deltas(self, name: str, kept: Sequence[_Choice], chunk: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The sparse, rescaled deltas of one chunk, and (with stats) what each model keeps of it."""
-        starts = self._starts(name)
-        start, stop = starts[chunk], self._stop(starts, chunk, name)
+    def _deltas(self, name: str, kept: Sequence[_Choice], chunk: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Of one chunk: the base, the sparse, rescaled deltas, and (with stats) what each model keeps."""
+        start, stop = self._pieces[name][chunk]
         base = self.base.read(name, start, stop)
         deltas, keeps = [], []
         for model, (choice, first, factor) in enumerate(kept):
@@ -191,7 +187,7 @@ class Merging:
             else:
                 delta = choice.masked(delta, first + chunk)
             deltas.append(delta.mul_(factor) if factor != 1 else delta)
-        return deltas, keeps
+        return base, deltas, keeps
 
     def tensor(
         self, name: str, write: Callable[[int, Tensor], None], dtype: torch.dtype | None = None
@@ -202,29 +198,28 @@ class Merging:
         BadInput naming the tensor when a delta is NaN or infinite.
         """
         own, shape = self.shapes[name]
-        starts = self._starts(name)
+        pieces = self._pieces[name]
         if not own.is_floating_point:
-            for i, start in enumerate(starts):
-                write(start, self.base.read(name, start, self._stop(starts, i, name)))
+            for start, stop in pieces:
+                write(start, self.base.read(name, start, stop))
             return None
         kept = self._kept(name)
         report = TensorReport(prod(shape), [0] * len(kept))
 
         def work(chunk: int) -> TensorReport:
-            start, stop = starts[chunk], self._stop(starts, chunk, name)
-            deltas, keeps = self._deltas(name, kept, chunk)
+            base, deltas, keeps = self._deltas(name, kept, chunk)
             told = _count(deltas, keeps) if self.stats else TensorReport(0, [])
             out = self.common.consensus.combine(deltas, self.weights, self.leaning)
             if self.common.scale != 1:
                 out.mul_(self.common.scale)
             finite(out, name)
-            piece = out.add_(self.base.read(name, start, stop)).to(dtype or own)
+            piece = out.add_(base).to(dtype or own)
             if piece.dtype == torch.float16 and not bool(torch.isfinite(piece).all()):  # beyond 65,504
                 raise BadInput(f"{name}: {int((~torch.isfinite(piece)).sum())} merged entries do not fit float16")
-            write(start, piece)
+            write(pieces[chunk][0], piece)
             return told
 
-        for told in each(self.pool, work, range(len(starts))):
+        for told in each(self.pool, work, range(len(pieces))):
             report.overlap += told.overlap
             report.conflict += told.conflict
             report.kept = [a + b for a, b in zip(report.kept, told.kept, strict=True)] if told.kept else report.kept

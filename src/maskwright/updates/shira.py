@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maskwright.core.cache import write_atomic
 from maskwright.core.errors import BadInput
+from maskwright.updates.adapter_folder import CONFIG, PREFIX, WEIGHTS, write_adapter
 from maskwright.updates.deltas import Delta, Deltas
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX, _VALUES, _INDICES = "base_model.model.", ".shira_weight", ".shira_indices"
+_VALUES, _INDICES = ".shira_weight", ".shira_indices"
 
 
 def write_shira(folder: str | Path, deltas: Deltas, *, base: str = "") -> None:
@@ -25,8 +24,6 @@ def write_shira(folder: str | Path, deltas: Deltas, *, base: str = "") -> None:
     Raises BadInput for deltas that SHiRA cannot hold (other than weights of Linear layers; tensors stored whole; so many
     entries that r * (rows + cols) exceeds the layer), naming the first.
     """
-    from safetensors.torch import save
-
     if deltas.full:
         raise BadInput(f"{next(iter(deltas.full))} is stored whole, which SHiRA cannot hold: use without_full()")
     odd = [name for name, delta in deltas.items() if not name.endswith(".weight") or len(delta.shape) != 2]
@@ -41,7 +38,7 @@ def write_shira(folder: str | Path, deltas: Deltas, *, base: str = "") -> None:
             raise BadInput(f"{name}: r {rank} needs {rank * (rows + cols)} entries of a weight of shape {delta.shape}")
         free = rank * (rows + cols) - delta.count
         where = torch.cat([delta.indices, torch.zeros(free, dtype=torch.int64)])
-        path = _PREFIX + name.removesuffix(".weight")
+        path = PREFIX + name.removesuffix(".weight")
         tensors[path + _VALUES] = torch.cat([delta.values.float(), torch.zeros(free)])
         tensors[path + _INDICES] = torch.stack([where // cols, where % cols]).to(torch.int32)
     config = {
@@ -49,10 +46,7 @@ def write_shira(folder: str | Path, deltas: Deltas, *, base: str = "") -> None:
         "mask_type": "random", "random_seed": None, "init_weights": True, "fan_in_fan_out": False, "modules_to_save": None,
         "target_modules": [name.removesuffix(".weight") for name in deltas],
     }  # fmt: skip
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_adapter(Path(folder), tensors, config)
 
 
 def read_shira(folder: str | Path, shapes: dict[str, tuple[int, int]]) -> Deltas:
@@ -73,7 +67,7 @@ def read_shira(folder: str | Path, shapes: dict[str, tuple[int, int]]) -> Deltas
     out = {}
     for key in sorted(k for k in tensors if k.endswith(_VALUES)):
         path = key.removesuffix(_VALUES)
-        name = path.removeprefix(_PREFIX) + ".weight"
+        name = path.removeprefix(PREFIX) + ".weight"
         indices = tensors.get(path + _INDICES)
         if name not in shapes or indices is None or indices.shape != (2, len(tensors[key])):
             raise BadInput(f"{folder / WEIGHTS}: {name} is unknown, or its indices do not fit its values")

@@ -30,6 +30,7 @@ from maskwright.core.select import draw, generator
 from maskwright.updates.cuts import Row, cuts
 from maskwright.updates.deltas import Deltas, delta
 from maskwright.updates.restriction import restrict
+from maskwright.updates.untouched import untouched
 
 _CHUNK = 1 << 20
 Train = Callable[["Phase"], None]
@@ -184,18 +185,8 @@ class TwoPhase:
 @contextmanager
 def two_phase(run: TwoPhase) -> Iterator[TwoPhase]:
     """Freeze what is neither maskable nor trained whole while the context lasts; flags and modes are put back at the end."""
-    chosen = {id(weight) for weight in run.trainable}
-    flags = {name: weight.requires_grad for name, weight in run.model.named_parameters()}
-    modes = [(module, module.training) for module in run.model.modules()]
-    try:
-        for weight in run.model.parameters():
-            weight.requires_grad_(id(weight) in chosen)
+    with untouched(run.model, run.trainable, lambda: True):  # trained in place: buffers go along
         yield run
-    finally:
-        for name, weight in run.model.named_parameters():
-            weight.requires_grad_(flags[name])
-        for module, mode in modes:
-            module.training = mode
 
 
 Attached = AbstractContextManager[TwoPhase]

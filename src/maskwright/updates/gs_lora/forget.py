@@ -54,7 +54,6 @@ def forget(
         raise BadInput(f"gs_lora needs epochs >= 1 and lr > 0, got {epochs}, {lr}")
     seen: tuple[set[int], set[int]] = (set(), set())
     steps = 0
-    modes = [(module, module.training) for module in model.modules()]
     with method.attach(model, seed=seed) as run:
         optimizer = torch.optim.AdamW(run.trainable, lr=lr, weight_decay=0.0)
         mean: list[Tensor] = []
@@ -84,8 +83,6 @@ def forget(
         with torch.no_grad():
             for parameter, value in zip(run.trainable, mean, strict=bool(mean)):
                 parameter.copy_(value)
-        for module, mode in modes:
-            module.training = mode
         if prune:
             run.prune_groups(prune)
         told = Forgotten(run.group_norms(), run.effects(), run.zero_groups(), run.masks(), terms, steps)

@@ -16,7 +16,8 @@ from maskwright.core.mask import Mask
 from maskwright.updates import Tuning
 from maskwright.updates.r_amt.attention import ATTENTION, chosen
 from maskwright.updates.r_amt.gate import ScoreGate
-from maskwright.updates.r_amt.run import RAmtRun, untouched
+from maskwright.updates.r_amt.run import RAmtRun
+from maskwright.updates.untouched import untouched
 
 
 @final
@@ -64,7 +65,7 @@ class RAmt(Tuning):
         with ExitStack() as stack:
             gates = {name: ScoreGate.of(site.value, self.init, self.threshold) for name, site in found.items()}
             run = RAmtRun(self, model, seed, found, gates)
-            stack.enter_context(untouched(model, lambda: run.merged))
+            stack.enter_context(untouched(model, merged=lambda: run.merged))
             for name, site in found.items():
                 everything = Mask(torch.ones(site.shape, dtype=torch.bool))
                 slot = stack.enter_context(gated(list(site.owners), everything, cast(Any, gates[name])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -155,24 +155,3 @@ class RAmtRun:
             before = self._seen.get(name)
             self._flips += int((~keep if before is None else keep != before).sum())
             self._seen[name] = keep
-
-
-@contextmanager
-def untouched(model: nn.Module, merged: Callable[[], bool]) -> Iterator[None]:
-    """Freeze every parameter; on leaving put back flags and modes, and the buffers too unless the update was merged."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
-        if not merged():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
