@@ -89,7 +89,7 @@ def make(folder: Path) -> None:
 
 
 def floor(folder: Path, out: Path) -> float:
-    """Read the four checkpoints in two threads and write one of them: seconds."""
+    """Read the four checkpoints in two threads and write one of them (to the page cache, as a merge does): seconds."""
     from concurrent.futures import ThreadPoolExecutor
 
     files = [file for name in ("base", "m1", "m2", "m3") for file in sorted((folder / name).glob("*.safetensors"))]
@@ -105,7 +105,6 @@ def floor(folder: Path, out: Path) -> float:
                 os.write(target, memoryview(piece)[:got])
         os.close(handle)
         if target is not None:
-            os.fsync(target)
             os.close(target)
 
     with ThreadPoolExecutor(2) as pool:
@@ -188,8 +187,10 @@ def main() -> None:
         for name in given.only:
             for path in (out, peer):
                 shutil.rmtree(path, ignore_errors=True)
+            os.sync()  # or the disk would still be writing the last result
             floors.append(floor(given.folder, given.folder / "copy"))
             shutil.rmtree(given.folder / "copy")
+            os.sync()
             rows[name]["ours"].append(ours(given.folder, out, METHODS[name]))
             if beside and name in THEIRS and turn == 0:
                 rows[name]["mergekit"].append(theirs(given.folder, peer, name, "float32"))

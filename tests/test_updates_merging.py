@@ -1,6 +1,7 @@
 """Merging against brute force: whole-tensor formulas written again with core.select, over shapes, ties and dtypes."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from maskwright.core.errors import BadInput
 from maskwright.core.pattern import Unstructured
 from maskwright.core.select import select
+from maskwright.kernels.merge import kept
 from maskwright.updates import Merging, merge, merging
 from maskwright.updates.breadcrumbs import Breadcrumbs
 from maskwright.updates.cuts import Row, cuts
@@ -46,7 +48,15 @@ def banded(delta, density, drop, pattern=None):
 
 def chunked(values, size):
     starts = tuple(range(0, len(values), size))
-    return Row("row", starts, len(values), lambda i: values[starts[i] : starts[i] + size].clone())
+    zero = torch.zeros_like(values)
+    wide = values.dtype == torch.float64
+    return Row(
+        "row",
+        starts,
+        len(values),
+        lambda i, count: tuple(v[starts[i] : starts[i] + size][: count or None] for v in (zero, values)),
+        wide=wide,
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,13 +66,29 @@ def test_cuts_keep_what_select_keeps(values, size, data):
     values = torch.tensor(values)
     counts = data.draw(st.lists(st.integers(0, len(values)), min_size=1, max_size=3))
     for count, cut in zip(counts, cuts(chunked(values, size), counts), strict=True):
-        kept = torch.cat([cut.keep(part, i) for i, part in enumerate(values.split(size))])
-        assert torch.equal(kept, select(values.abs(), Unstructured(), count).keep)
-        for i, part in enumerate(values.split(size)):
-            least = cut.least(i)
-            if least is not None:
-                strict = torch.where(part.abs() > least, part, 0.0)
-                assert torch.equal(strict, torch.where(cut.keep(part, i), part, 0.0))
+        got = torch.cat([kept(part, cut.keep(i)) for i, part in enumerate(values.split(size))])
+        assert torch.equal(got, select(values.abs(), Unstructured(), count).keep)
+
+
+@pytest.mark.parametrize("head", [1 << 15, 300])
+@pytest.mark.parametrize("shape", ["even", "quantised", "sorted"])
+def test_cuts_from_a_sample_and_where_it_misleads(monkeypatch, shape, head):
+    monkeypatch.setattr("maskwright.updates.cuts._HEAD", head)
+    monkeypatch.setattr("maskwright.updates.cuts._SEEN", 0)
+    values = rand(20_000, seed=5)
+    values = {"even": values, "quantised": values.mul(4).round() / 4, "sorted": values.abs().sort().values}[shape]
+    counts = [1, 40, 4000, 10_000, 19_990, 20_000]
+    for count, cut in zip(counts, cuts(chunked(values, 1000), counts), strict=True):
+        got = torch.cat([kept(part, cut.keep(i)) for i, part in enumerate(values.split(1000))])
+        assert torch.equal(got, select(values.abs(), Unstructured(), count).keep)
+
+
+def test_a_sample_spares_the_full_count(monkeypatch):
+    monkeypatch.setattr("maskwright.updates.cuts._SEEN", 120_000)
+    values, asked = torch.linspace(1, 2, 200_000)[torch.randperm(200_000, generator=torch.Generator().manual_seed(0))], []
+    row = chunked(values, 50_000)
+    cuts(replace(row, read=lambda i, count: (asked.append(count), row.read(i, count))[1]), [40_000, 90_000])
+    assert asked.count(30_000) == 4 and asked.count(0) == 4  # one pass over everything, no ties to part
 
 
 def test_cuts_of_float64_and_in_threads():
@@ -70,8 +96,8 @@ def test_cuts_of_float64_and_in_threads():
     for row in (values, values.double() + 1e-12):
         with ThreadPoolExecutor(3) as pool:
             (cut,) = cuts(chunked(row, 7), [313], pool)
-        kept = torch.cat([cut.keep(part, i) for i, part in enumerate(row.split(7))])
-        assert torch.equal(kept, select(row.abs(), Unstructured(), 313).keep)
+        got = torch.cat([kept(part, cut.keep(i)) for i, part in enumerate(row.split(7))])
+        assert torch.equal(got, select(row.abs(), Unstructured(), 313).keep)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

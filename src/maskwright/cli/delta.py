@@ -161,15 +161,21 @@ class _differences:
         self.names, self.shapes = self.merging.names, self.merging.shapes
 
     def gap(self, name: str) -> Tensor:
-        return self.merging.delta(0, name, 0, prod(self.shapes[name][1]))
+        from maskwright.kernels.merge import difference
+
+        return difference(*self.pair(name))
+
+    def pair(self, name: str, count: int = 0) -> tuple[Tensor, Tensor]:
+        return self.merging.pieces.pair(0, name, 0, prod(self.shapes[name][1]), count)
 
     def cut(self, density: float):  # type: ignore[no-untyped-def]
+        from maskwright.kernels.merge import kept
         from maskwright.updates.cuts import Row, cuts
 
-        total = sum(prod(self.shapes[name][1]) for name in self.names)
-        row = Row("all tensors", (0,) * len(self.names), total, lambda i: self.gap(self.names[i]))
+        total, wide = sum(prod(self.shapes[name][1]) for name in self.names), self.merging.wide(0, self.names)
+        row = Row("all tensors", (0,) * len(self.names), total, lambda i, count: self.pair(self.names[i], count), wide=wide)
         (found,) = cuts(row, (round(density * total),))
-        return lambda name, gap: found.keep(gap, self.names.index(name))
+        return lambda name, gap: kept(gap, found.keep(self.names.index(name)))
 
 
 def _say(deltas: Deltas, path: Path, as_json: bool) -> None:

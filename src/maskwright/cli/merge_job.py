@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from maskwright import __version__
 from maskwright.cli.job import free_disk
@@ -26,7 +26,7 @@ from maskwright.models.load import find, load
 from maskwright.models.streams import FileTensors, Folder, refuse_pickled
 from maskwright.report.merge_card import merge_card
 from maskwright.updates import Merging
-from maskwright.updates.merging import CHUNK
+from maskwright.updates.merging import CHUNK, SMALL
 from maskwright.updates.parts import TensorReport
 
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
@@ -99,8 +99,9 @@ class MergeJob:
                     trial, lambda at, piece: None, self.dtype
                 )
                 seconds = (time.perf_counter() - start) * total / sizes[trial]
-        # Each piece in flight: the base, a float32 delta a model, and a few buffers to combine them.
-        flight = (self.threads + 4) * CHUNK * 4 * (2 * len(self.tuned) + 6)
+        # A thread has a piece of every model and of the result, or a whole tensor of every model if that is small.
+        great = max((self.merging.pieces.nbytes(name) for name in self.merging.names), default=0)
+        flight = self.threads * (CHUNK * 4 * (len(models) + 2) + min(great, SMALL))
         return MergePlan(
             len(sizes), total, read, self.folder.nbytes, seconds + self.folder.nbytes / 2e9, (400 << 20) + flight
         )
@@ -153,23 +154,23 @@ class MergeJob:
 
     def _stream(self, told: dict[str, TensorReport], progress: Callable[[int, int], None]) -> None:
         sizes = {name: self.base.length(name) for name in (*self.merging.shapes, *self.left)}
-        total, at = sum(sizes.values()), 0
-        for name, size in sizes.items():
-            if name not in self.folder.done:
+        at = sum(size for name, size in sizes.items() if name in self.folder.done)
+        to_do = [name for name in sizes if name not in self.folder.done]
+
+        def copied() -> Iterator[tuple[str, None]]:
+            for name in to_do:
                 if name in self.left:
-                    for start in range(0, size, CHUNK):
-                        self.folder.write(name, start, self.base.read(name, start, min(start + CHUNK, size)))
-                else:
+                    for start in range(0, sizes[name], CHUNK):
+                        self.folder.write(name, start, self.base.read(name, start, min(start + CHUNK, sizes[name])))
+                    yield name, None
 
-                    def write(start: int, piece: Tensor, name: str = name) -> None:
-                        self.folder.write(name, start, piece)
-
-                    found = self.merging.tensor(name, write, self.dtype)
-                    if found is not None:
-                        told[name] = found
-                self.folder.whole(name)
-            at += size
-            progress(at, total)
+        merged = self.merging.run([name for name in to_do if name not in self.left], self.folder.write, self.dtype)
+        for name, report in chain(copied(), merged):
+            if report is not None:
+                told[name] = report
+            self.folder.whole(name)
+            at += sizes[name]
+            progress(at, sum(sizes.values()))
 
     def _others(self) -> None:
         source = self.paths[0]

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 
 from maskwright.kernels.block_attention import ops as block_attention
+from maskwright.kernels.merge import ops as merge
 from maskwright.kernels.packed_linear import native as packed_linear
 
 LIBRARIES: dict[str, Callable[[], str | None]] = {
     "packed_linear": packed_linear.load,
     "block_attention": block_attention.load,
+    "merge": merge.load,
 }
 
 

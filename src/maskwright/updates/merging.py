@@ -6,8 +6,9 @@ for float64 tensors) whatever the models are stored in, and the result has the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from math import isfinite, prod
@@ -17,25 +18,33 @@ import torch
 from torch import Tensor
 
 from maskwright.core.errors import BadInput
+from maskwright.kernels.merge import Keep, Side, combine
 from maskwright.updates.consensus import Elected
-from maskwright.updates.cuts import Row, each, finite
-from maskwright.updates.parts import MergeMethod, Parts, Shape, TensorReport, Tensors
-from maskwright.updates.sparsify import All, Kept, Sparsify
+from maskwright.updates.cuts import Pair, Row, each
+from maskwright.updates.parts import MergeMethod, Shape, TensorReport, Tensors
+from maskwright.updates.pieces import BASE, Pieces
+from maskwright.updates.sparsify import All, Band, Kept, Sparsify
+from maskwright.updates.survivors import count, norms, sparse
 
-CHUNK = 1 << 18  # entries: four float32 buffers of it stay in cache
+CHUNK = 1 << 20  # entries: enough that starting the work of a piece costs little beside it
+SMALL = 256 << 20  # bytes of all models' versions of a tensor: up to so many it is one thread's work, and held by it
 DENSE = ("*running_mean", "*running_var")  # a pruned variance may go negative: statistics are merged whole
 
 
 class _Choice(NamedTuple):
     """What one model keeps of a tensor: the choice, the chunk of its row at which the tensor begins, the rescaling."""
 
-    kept: Kept
+    choice: Kept
     first: int
     factor: float
 
+    def keep(self, chunk: int, pair: Pair) -> Keep:
+        """What stays of one chunk of the tensor."""
+        return self.choice.keep(self.first + chunk, lambda: pair)
+
 
 class Merging:
-    """One merge. `tensor(name, write)` does the work of one tensor, in any order and with the same bits.
+    """One merge. `run` does the work of all tensors, `tensor` of one; in any order and with the same bits.
 
     methods: one for all models or one each (their consensus and scale must agree). weights: one a model, default 1.
     stats: also count overlap and conflict (slower). Raises BadInput when the models do not fit the base.
@@ -55,10 +64,11 @@ class Merging:
         self.shapes = self._same_shapes()
         self.common = self.parts[0]
         self.names = [name for name, (dtype, _) in self.shapes.items() if dtype.is_floating_point]
-        self._pieces = {name: self._cut_up(shape) for name, (_, shape) in self.shapes.items()}
+        self._cut = {name: self._cut_up(shape) for name, (_, shape) in self.shapes.items()}
         self.leaning = 0.0
         self._whole: dict[int, Kept] = {}
         self._first: dict[str, int] = {}
+        self.pieces = Pieces(base, self.tuned)
 
     def _refuse(self) -> None:
         number = len(self.tuned)
@@ -103,20 +113,19 @@ class Merging:
         step = max(1, CHUNK // width) * width if by_row and width else CHUNK
         return [(start, min(start + step, length)) for start in range(0, length, step)]
 
-    def delta(self, model: int, name: str, start: int, stop: int, base: Tensor | None = None) -> Tensor:
-        """tuned - base of a piece, float32 or float64, as a new tensor."""
-        mine = self.base.read(name, start, stop) if base is None else base
-        theirs = self.tuned[model].read(name, start, stop)
-        wide = torch.float64 if torch.float64 in (mine.dtype, theirs.dtype) else torch.float32
-        out = theirs.to(wide)
-        return torch.sub(out, mine) if out is theirs else out.sub_(mine)
-
     def _row(self, model: int, names: Sequence[str]) -> Row:
-        places = [(name, start, stop) for name in names for start, stop in self._pieces[name]]
+        places = [(name, start, stop) for name in names for start, stop in self._cut[name]]
         what = names[0] if len(names) == 1 else f"all {len(names)} tensors"
         length = sum(stop - start for _, start, stop in places)
         starts = tuple(start for _, start, _ in places)
-        return Row(what, starts, length, lambda i: self.delta(model, *places[i]), f"{model}:{what}")
+        wide = self.wide(model, names)
+        return Row(
+            what, starts, length, lambda i, count: self.pieces.pair(model, *places[i], count), f"{model}:{what}", wide
+        )
+
+    def wide(self, model: int, names: Sequence[str]) -> bool:
+        """Whether deltas of these tensors are float64."""
+        return any(m.shapes()[name][0] == torch.float64 for name in names for m in (self.base, self.tuned[model]))
 
     # Plans
 
@@ -126,7 +135,7 @@ class Merging:
         at = 0
         for name in names:
             self._first[name] = at
-            at += len(self._pieces[name])
+            at += len(self._cut[name])
         for model, part in enumerate(self.parts):
             if part.sparsify.group == "global":
                 progress(f"threshold over all tensors of {self.tuned[model].what}")
@@ -135,103 +144,116 @@ class Merging:
             progress("the sign of the sum of all signs")
             total = 0
             for name in self.names:
-                kept = self._kept(name)
-                total += sum(each(self.pool, partial(self._signs, name, kept), range(len(self._pieces[name]))))
+                choices = self._choices(name, self.pool)
+                total += sum(each(self.pool, partial(self._signs, name, choices), range(len(self._cut[name]))))
             self.leaning = float((total > 0) - (total < 0))
 
-    def _signs(self, name: str, kept: Sequence[_Choice], chunk: int) -> int:
-        parts = [part.mul_(w) for part, w in zip(self._deltas(name, kept, chunk)[1], self.weights, strict=True)]
-        return int(Elected.total(parts).sign_().sum(dtype=torch.float64))
+    def _signs(self, name: str, choices: Sequence[_Choice], chunk: int) -> int:
+        """The sum of the signs that the election of one chunk starts from."""
+        base, tuned, sides = self._chunk(name, choices, chunk)
+        parts = [delta.mul_(side.weight) for (delta, _), side in zip(sparse(base, tuned, sides), sides, strict=True)]
+        return int(sum(parts[1:], parts[0]).sign_().sum(dtype=torch.float64))
 
-    def _kept(self, name: str) -> list[_Choice]:
+    def _choices(self, name: str, pool: Executor | None) -> list[_Choice]:
         out: list[_Choice] = []
         shape = self.shapes[name][1]
         for model, part in enumerate(self.parts):
             sparsify: Sparsify = All() if _dense(name, shape) else part.sparsify
             if model in self._whole and name in self._first:
-                kept, first = self._whole[model], self._first[name]
+                choice, first = self._whole[model], self._first[name]
             else:
                 row = self._row(model, [name])
-                kept, first = sparsify.plan(row, _width(shape), self.seed, self.pool), 0
-            out.append(_Choice(kept, first, self._factor(model, name, kept, first, part, sparsify)))
+                choice, first = sparsify.plan(row, _width(shape), self.seed, pool), 0
+            made = _Choice(choice, first, 1.0)
+            out.append(made._replace(factor=self._factor(model, name, made, sparsify, pool)))
         return out
 
-    def _factor(self, model: int, name: str, kept: Kept, first: int, part: Parts, sparsify: Sparsify) -> float:
+    def _factor(self, model: int, name: str, choice: _Choice, sparsify: Sparsify, pool: Executor | None) -> float:
+        part = self.parts[model]
         if part.rescale == "none" or isinstance(sparsify, All):
             return 1.0
         if part.rescale == "density":
             return 1.0 / sparsify.density  # type: ignore[attr-defined]
-        pieces = self._pieces[name]
+        pieces = self._cut[name]
 
-        def norms(i: int) -> tuple[float, float]:
-            delta = self.delta(model, name, *pieces[i])
-            before = float(delta.abs().sum(dtype=torch.float64))
-            return before, float(kept.masked(delta, first + i).abs_().sum(dtype=torch.float64))
+        def both(i: int) -> tuple[float, float]:
+            pair = self.pieces.pair(model, name, *pieces[i])
+            return norms(*pair, choice.keep(i, pair))
 
-        found = list(each(self.pool, norms, range(len(pieces))))
+        found = list(each(pool, both, range(len(pieces))))
         before, after = (sum(pair[side] for pair in found) for side in (0, 1))
         return before / after if after else 1.0
 
     # Work
 
-    def _deltas(self, name: str, kept: Sequence[_Choice], chunk: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Of one chunk: the base, the sparse, rescaled deltas, and (with stats) what each model keeps."""
-        start, stop = self._pieces[name][chunk]
-        base = self.base.read(name, start, stop)
-        deltas, keeps = [], []
-        for model, (choice, first, factor) in enumerate(kept):
-            delta = self.delta(model, name, start, stop, base)
-            if self.stats:
-                keeps.append(choice.keep(delta, first + chunk))
-                delta = torch.where(keeps[-1], delta, 0.0)
-            else:
-                delta = choice.masked(delta, first + chunk)
-            deltas.append(delta.mul_(factor) if factor != 1 else delta)
-        return base, deltas, keeps
+    def _chunk(self, name: str, choices: Sequence[_Choice], chunk: int) -> tuple[Tensor, list[Tensor], list[Side]]:
+        """Of one chunk: the base's piece, the models', and what is taken of each."""
+        piece = self._cut[name][chunk]
+        base = self.pieces.read(BASE, name, *piece)
+        tuned = [self.pieces.read(model, name, *piece) for model in range(len(choices))]
+        return base, tuned, [
+            Side(choice.keep(chunk, (base, other)), choice.factor, weight)
+            for choice, other, weight in zip(choices, tuned, self.weights, strict=True)
+        ]  # fmt: skip
+
+    def run(
+        self, names: Iterable[str], write: Callable[[str, int, Tensor], None], dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, TensorReport | None]]:
+        """Merge tensors; each comes with its report as soon as it is whole, small ones side by side, then great ones.
+
+        `write(name, start, piece)` gets pieces from the pool's threads, in any order. A piece is good until it returns:
+        its memory is used again. dtype: of the pieces (default the base's). Tensors that hold no floats are passed on
+        from the base. Raises BadInput naming the tensor when a delta is NaN or infinite, or a result does not fit.
+        """
+        names = list(names)
+        small = [name for name in names if self.pieces.nbytes(name) <= SMALL]
+
+        def work(name: str) -> tuple[str, TensorReport | None]:
+            return name, self.tensor(name, partial(write, name), dtype, alone=True)
+
+        yield from each(self.pool, work, small, ahead=64)
+        for name in names:
+            if self.pieces.nbytes(name) > SMALL:
+                yield name, self.tensor(name, partial(write, name), dtype)
 
     def tensor(
-        self, name: str, write: Callable[[int, Tensor], None], dtype: torch.dtype | None = None
+        self, name: str, write: Callable[[int, Tensor], None], dtype: torch.dtype | None = None, *, alone: bool = False
     ) -> TensorReport | None:
-        """Merge one tensor; `write(start, piece)` gets it in pieces, from the pool's threads and in any order.
-
-        dtype: of the pieces (default the base's). Tensors that hold no floats are passed on from the base. Raises
-        BadInput naming the tensor when a delta is NaN or infinite.
-        """
-        own, shape = self.shapes[name]
-        pieces = self._pieces[name]
+        """Merge one tensor, as `run` says. alone: in this thread only."""
+        own = self.shapes[name][0]
         if not own.is_floating_point:
-            for start, stop in pieces:
-                write(start, self.base.read(name, start, stop))
+            for start, stop in self._cut[name]:
+                write(start, self.pieces.read(BASE, name, start, stop))
             return None
-        kept = self._kept(name)
-        report = TensorReport(prod(shape), [0] * len(kept))
+        pool = None if alone else self.pool
+        again = any((isinstance(p.sparsify, Band) and p.sparsify.group == "tensor") or p.rescale == "l1" for p in self.parts)
+        with self.pieces.holding(name) if again and pool is None else nullcontext():
+            return self._merge(name, self._choices(name, pool), write, dtype or own, pool)
+
+    def _merge(
+        self, name: str, choices: Sequence[_Choice], write: Callable[[int, Tensor], None], dtype: torch.dtype,
+        pool: Executor | None,
+    ) -> TensorReport:  # fmt: skip
+        pieces = self._cut[name]
+        rule = self.common.consensus.rule(self.weights, self.leaning, self.common.scale)
+        report = TensorReport(prod(self.shapes[name][1]), [0] * len(choices))
 
         def work(chunk: int) -> TensorReport:
-            base, deltas, keeps = self._deltas(name, kept, chunk)
-            told = _count(deltas, keeps) if self.stats else TensorReport(0, [])
-            out = self.common.consensus.combine(deltas, self.weights, self.leaning)
-            if self.common.scale != 1:
-                out.mul_(self.common.scale)
-            finite(out, name)
-            piece = out.add_(base).to(dtype or own)
-            if piece.dtype == torch.float16 and not bool(torch.isfinite(piece).all()):  # beyond 65,504
-                raise BadInput(f"{name}: {int((~torch.isfinite(piece)).sum())} merged entries do not fit float16")
+            base, tuned, sides = self._chunk(name, choices, chunk)
+            piece = self.pieces.result(len(base), dtype)
+            odd, beyond = combine(base, tuned, sides, rule, piece)
+            if odd:
+                raise BadInput(f"{name}: {odd} deltas are NaN or infinite")
+            if beyond:
+                raise BadInput(f"{name}: {beyond} merged entries do not fit {str(dtype).removeprefix('torch.')}")
             write(pieces[chunk][0], piece)
-            return told
+            return count(sparse(base, tuned, sides)) if self.stats else TensorReport(0, [])
 
-        for told in each(self.pool, work, range(len(pieces))):
+        for told in each(pool, work, range(len(pieces))):
             report.overlap += told.overlap
             report.conflict += told.conflict
             report.kept = [a + b for a, b in zip(report.kept, told.kept, strict=True)] if told.kept else report.kept
         return report
-
-
-def _count(deltas: Sequence[Tensor], keeps: Sequence[Tensor]) -> TensorReport:
-    number = torch.stack(list(keeps)).sum(0)
-    up, down = (torch.stack([d > 0 if up else d < 0 for d in deltas]).any(0) for up in (True, False))
-    return TensorReport(
-        len(number), [int(keep.sum()) for keep in keeps], int((number > 1).sum()), int((up & down).sum())
-    )  # fmt: skip
 
 
 def _dense(name: str, shape: Shape) -> bool:

@@ -107,7 +107,7 @@ def _room() -> _Room:
 def _pieces(seed: int, name: str, start: int, stop: int) -> Iterator[tuple[int, Bits]]:
     """(place from 0, entries) of start..stop in order. The entries lie in scratch: used, or changed, before the next."""
     _length(name, start, stop)
-    first, gamma = _stream(seed, name)
+    first, gamma = stream(seed, name)
     for word in range(start // 2, (stop + 1) // 2, _WORDS):
         words = _mixed(first, gamma, word, min(_WORDS, (stop + 1) // 2 - word))
         low, high = max(start, 2 * word), min(stop, 2 * (word + len(words)))
@@ -129,7 +129,7 @@ def _mixed(first: int, gamma: int, start: int, count: int) -> Words:
 
 
 @lru_cache(maxsize=64)
-def _stream(seed: int, name: str) -> tuple[int, int]:
+def stream(seed: int, name: str) -> tuple[int, int]:
     """(start, odd increment) of a stream. The increment has enough changes of bits, as SplitMix's mixGamma asks."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     first, gamma = (int.from_bytes(digest[at : at + 8], "little") for at in (0, 8))

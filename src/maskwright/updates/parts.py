@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal, Protocol
@@ -17,6 +17,7 @@ from maskwright.updates.sparsify import All, Sparsify
 
 Rescale = Literal["none", "density", "l1"]
 Shape = tuple[int, ...]
+Room = Callable[[int], Tensor]  # so many bytes -> uint8 memory for them
 
 
 class Tensors(Protocol):
@@ -28,8 +29,8 @@ class Tensors(Protocol):
         """dtype and shape of every tensor, in order."""
         ...
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """(stop - start,) entries of one tensor, row-major; the caller does not change them."""
+    def read(self, name: str, start: int, stop: int, room: Room | None = None) -> Tensor:
+        """(stop - start,) entries of one tensor, row-major; the caller does not change them. room: memory to read into."""
         ...
 
 

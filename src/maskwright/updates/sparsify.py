@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from maskwright.core.errors import BadInput
 from maskwright.core.select import top
-from maskwright.updates.cuts import Chosen, Cut, Row, cuts, finite
-from maskwright.updates.noise import bernoulli
+from maskwright.kernels.merge import Keep, difference
+from maskwright.updates.cuts import Chosen, Cut, Pair, Row, cuts, finite
+from maskwright.updates.noise import stream
 
 Group = Literal["row", "tensor", "global"]
 
@@ -21,12 +22,8 @@ Group = Literal["row", "tensor", "global"]
 class Kept(Protocol):
     """Which entries of a row stay."""
 
-    def keep(self, delta: Tensor, chunk: int) -> Tensor:
-        """(n,) deltas of one chunk -> (n,) bool."""
-        ...
-
-    def masked(self, delta: Tensor, chunk: int) -> Tensor:
-        """The deltas of one chunk with 0 for what is dropped; may be the tensor given, changed."""
+    def keep(self, chunk: int, read: Callable[[], Pair]) -> Keep:
+        """The choice in one chunk. read: gives its base and tuned pieces, (n,) each."""
         ...
 
 
@@ -49,11 +46,8 @@ class All(Sparsify):
 
 
 class _Everything:
-    def keep(self, delta: Tensor, chunk: int) -> Tensor:
-        return torch.ones(len(delta), dtype=torch.bool)
-
-    def masked(self, delta: Tensor, chunk: int) -> Tensor:
-        return delta
+    def keep(self, chunk: int, read: Callable[[], Pair]) -> Keep:
+        return Keep()
 
 
 @dataclass(frozen=True)
@@ -103,18 +97,14 @@ class _Between:
     upper: Cut | Chosen | None
     lower: Cut | Chosen
 
-    def keep(self, delta: Tensor, chunk: int) -> Tensor:
-        kept = self.lower.keep(delta, chunk)
-        return kept if self.upper is None else kept & ~self.upper.keep(delta, chunk)
-
-    def masked(self, delta: Tensor, chunk: int) -> Tensor:
-        # hardshrink is one pass where a comparison and a product are three; it drops what `keep` drops, and zeros.
-        least = self.lower.least(chunk)
-        most = None if self.upper is None else self.upper.least(chunk)
-        if least is None or (self.upper is not None and most is None):
-            return torch.where(self.keep(delta, chunk), delta, 0.0)
-        out = torch.nn.functional.hardshrink(delta, least)
-        return out if most is None else out.sub_(torch.nn.functional.hardshrink(delta, most))
+    def keep(self, chunk: int, read: Callable[[], Pair]) -> Keep:
+        lower = self.lower.keep(chunk)
+        if self.upper is None:
+            return lower
+        upper = self.upper.keep(chunk)
+        if lower.mask is not None and upper.mask is not None:
+            return Keep(mask=lower.mask & ~upper.mask)
+        return lower._replace(beyond=upper.above, beyond_ties=upper.above_ties)
 
 
 @dataclass(frozen=True)
@@ -125,15 +115,12 @@ class _Rows:
     width: int
     what: str
 
-    def keep(self, delta: Tensor, chunk: int) -> Tensor:
-        rows = delta.abs().view(-1, self.width)
+    def keep(self, chunk: int, read: Callable[[], Pair]) -> Keep:
+        rows = difference(*read()).abs_().view(-1, self.width)
         finite(rows, self.what)
         dropped, kept = self.band.counts(self.width)
         both = top(rows, torch.full((len(rows),), dropped + kept))
-        return (both & ~top(rows, torch.full((len(rows),), dropped)) if dropped else both).flatten()
-
-    def masked(self, delta: Tensor, chunk: int) -> Tensor:
-        return torch.where(self.keep(delta, chunk), delta, 0.0)
+        return Keep(mask=(both & ~top(rows, torch.full((len(rows),), dropped)) if dropped else both).flatten())
 
 
 @dataclass(frozen=True)
@@ -156,10 +143,7 @@ class _Drawn:
     seed: int
     row: Row
 
-    def keep(self, delta: Tensor, chunk: int) -> Tensor:
-        finite(delta, self.row.what)  # or chance would drop it unseen
-        start = self.row.starts[chunk]
-        return bernoulli(self.seed, self.row.stream, start, start + len(delta), self.density)
-
-    def masked(self, delta: Tensor, chunk: int) -> Tensor:
-        return delta if self.density == 1 else torch.where(self.keep(delta, chunk), delta, 0.0)
+    def keep(self, chunk: int, read: Callable[[], Pair]) -> Keep:
+        if self.density == 1:  # 2^32 is no bound of 32 bits
+            return Keep()
+        return Keep(chance=(*stream(self.seed, self.row.stream), self.row.starts[chunk], int(self.density * 2**32)))

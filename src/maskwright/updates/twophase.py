@@ -27,7 +27,8 @@ from maskwright.core.mask import Mask
 from maskwright.core.maskset import MaskSet
 from maskwright.core.pattern import Unstructured
 from maskwright.core.select import draw, generator
-from maskwright.updates.cuts import Row, cuts
+from maskwright.kernels.merge import kept as stays
+from maskwright.updates.cuts import Pair, Row, cuts
 from maskwright.updates.deltas import Deltas, delta
 from maskwright.updates.restriction import restrict
 from maskwright.updates.untouched import untouched
@@ -150,13 +151,17 @@ class TwoPhase:
             gap = (self.maskable[name].view(-1)[part].float() - self.start[name].view(-1)[part].float()).cpu()
             return gap.masked_fill_(self.kept[name].view(-1)[part], 0)
 
+        def pair(i: int, count: int) -> Pair:
+            gap = moved(i)[: count or None]
+            return torch.zeros_like(gap), gap
+
         there = sum(int(moved(i).count_nonzero()) for i in range(len(pieces)))
         if there < number:
             warnings.warn(f"{number} entries were asked for but only {there} moved: these are selected", stacklevel=3)
-        row = Row("the change in training", tuple(at for _, at in pieces), self.total, moved)
+        row = Row("the change in training", tuple(at for _, at in pieces), self.total, pair)
         (cut,) = cuts(row, (min(there, number),))
         for i, (name, at) in enumerate(pieces):
-            self.kept[name].view(-1)[at : at + _CHUNK] |= cut.keep(moved(i), i)
+            self.kept[name].view(-1)[at : at + _CHUNK] |= stays(moved(i), cut.keep(i))
 
     def _draw(self, number: int) -> None:
         free = torch.cat([torch.where(keep.flatten(), -torch.inf, 0.0) for keep in self.kept.values()])
