@@ -131,7 +131,10 @@ def test_bad_input_is_refused_before_any_work(model, text, tmp_path):
 
 
 def test_a_stopped_run_leaves_nothing(model, text, tmp_path):
-    command = [sys.executable, "-m", "maskwright.cli.main", "attend", str(model), *WINDOW, "--out", str(tmp_path / "x")]
+    # A shell's background jobs ignore SIGINT and their children inherit that: tests started with `&` would wait in vain.
+    heeding = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    heeding += "runpy.run_module('maskwright.cli.main', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", heeding, "attend", str(model), *WINDOW, "--out", str(tmp_path / "x")]
     command += ["--text", str(text)]
     command += ["--length", "160", "--questions", "3", "--contexts", "2", "--windows", "40", "--decoded", "5"]
     going = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
