@@ -9,24 +9,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskwright.core.errors import BadInput
 from maskwright.kernels.merge import (
     ABS,
     BINS,
     LOW,
+    SPAN,
     Keep,
+    Piece,
     Rule,
     Side,
     combine,
-    difference,
     equal,
     histogram,
     kept,
     load,
     magnitude_bits,
+    piece,
     reference,
     within,
 )
-from maskwright.kernels.merge.ops import _numbers
+from maskwright.kernels.merge.ops import _numbers, _pair
+from maskwright.kernels.merge.reference import difference
 from maskwright.updates.noise import bernoulli, stream
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,11 +55,40 @@ def pieces(n, dtypes=(torch.bfloat16,) * 4, seed=0):
     return out
 
 
+def stored(tensors, how, folder):
+    """The same tensors as pieces: in memory, or in files, to be passed through or to be kept."""
+    if how == "memory":
+        return [piece(x) for x in tensors]
+    out = []
+    for number, x in enumerate(tensors):
+        path = folder / str(number)
+        path.write_bytes(b"junk" + x.view(torch.uint8).numpy().tobytes())
+        memory = torch.full((max(SPAN, len(x)) if how == "kept" else SPAN,), 7.0).to(x.dtype)
+        out.append(Piece(memory, len(x), os.open(path, os.O_RDONLY), 4))
+    return out
+
+
+@pytest.fixture
+def places(tmp_path):
+    yield lambda tensors, how: made.extend(stored(tensors, how, tmp_path)) or made[-len(tensors) :]
+    for each in made:
+        if each.file >= 0:
+            os.close(each.file)
+    made.clear()
+
+
+made = []
+
+
+def pair(base, tuned):
+    return _pair(piece(base), piece(tuned))
+
+
 def call(impl, base, tuned, sides, rule, dtype):
     out = torch.empty(len(base), dtype=dtype)
     told = torch.ops.maskwright.merge_combine(
-        out, base, tuned, [n for side in sides for n in _numbers(side.keep)], [side.keep.mask for side in sides],
-        [side.factor for side in sides], [side.weight for side in sides], *rule, impl,
+        out, base, tuned, [-1, 0] * (1 + len(tuned)), [n for side in sides for n in _numbers(side.keep)],
+        [side.keep.mask for side in sides], [side.factor for side in sides], [side.weight for side in sides], *rule, impl,
     )  # fmt: skip
     return out, *told
 
@@ -77,16 +110,16 @@ def test_counts_and_bins(n, impl):
     for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)):
         base, tuned = pieces(n, dtypes)
         bins, theirs = torch.ones(2, BINS, dtype=torch.int64)  # what is there is added to
-        torch.ops.maskwright.merge_histogram(bins, base, tuned, impl)
+        torch.ops.maskwright.merge_histogram(bins, *pair(base, tuned), impl)
         reference.histogram(theirs, base, tuned)
         assert torch.equal(bins, theirs) and int(bins.sum()) == n + BINS
         used = [0, *(bins > 1).nonzero().flatten()[:3].tolist()]
         wide = [0, 1, 3, 2][: len(used)]
         counts, theirs = torch.ones(2, sum(wide) << LOW, dtype=torch.int64)
-        above = torch.ops.maskwright.merge_within(counts, base, tuned, used, wide, impl)
+        above = torch.ops.maskwright.merge_within(counts, *pair(base, tuned), used, wide, impl)
         assert above == reference.within(theirs, base, tuned, used, wide) and torch.equal(counts, theirs)
         levels = magnitude_bits(difference(base, tuned)).unique()[:4].tolist()
-        counts = torch.ops.maskwright.merge_equal(base, tuned, levels, impl)
+        counts = torch.ops.maskwright.merge_equal(*pair(base, tuned), levels, impl)
         assert counts == reference.equal(base, tuned, levels) and min(counts) > 0
 
 
@@ -175,15 +208,45 @@ def test_ties_and_both_sides_by_hand():
     assert kept(delta, Keep()).all()
 
 
+@pytest.mark.parametrize("how", ["through", "kept"])
+@pytest.mark.parametrize("n", [5, SPAN, SPAN + 1, 2 * SPAN + 3000])
+def test_pieces_in_files_are_as_those_in_memory(places, n, how):
+    tensors = pieces(n, (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16))
+    sides = [Side(Keep(mask=torch.arange(n) % 3 > 0)), Side(Keep(chance=(*stream(0, "x"), 11, 1 << 30)), 4.0), Side(Keep())]
+    levels = [int(level) for level in magnitude_bits(difference(*tensors[:2])).unique()[:3]]
+    told = []
+    for where in ("memory", how):
+        base, *tuned = places(tensors, where)
+        out, bins, window = torch.empty(n).bfloat16(), torch.zeros(BINS, dtype=torch.int64), torch.zeros(1 << LOW).long()
+        histogram(bins, base, tuned[0])
+        above = within(window, base, tuned[0], [levels[-1] >> LOW], [1])
+        counts = equal(base, tuned[0], levels)
+        told.append((combine(base, tuned, sides, Rule(), out), out, bins, window, above, counts))
+        if where == "kept":
+            assert all(torch.equal(p.memory[:n], x) for p, x in zip((base, *tuned), tensors, strict=True))
+    for mine, theirs in zip(*told, strict=True):
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+def test_a_file_that_ends_is_refused(places):
+    short = [p._replace(at=p.at + 2) for p in places(pieces(100), "through")]
+    for work in (lambda: combine(short[0], short[1:], [Side(Keep())] * 3, Rule(), torch.empty(100)), short[0].load):
+        with pytest.raises(BadInput, match="ended while it was read"):
+            work()
+    with pytest.raises(BadInput, match="100 and 5"):
+        equal(short[0], piece(torch.zeros(5)), [])
+
+
 def test_a_dtype_that_the_kernels_lack_goes_to_the_twin():
     base, tuned = pieces(50, (torch.float32,) * 2)
     got = torch.empty(50, dtype=torch.float64)
-    assert combine(base.double(), [tuned.double()], [Side(Keep())], Rule(), got) == (0, 0)
+    assert combine(piece(base.double()), [piece(tuned.double())], [Side(Keep())], Rule(), got) == (0, 0)
     assert torch.equal(got, base.double() + (tuned.double() - base.double()))
     counts = torch.zeros(BINS, dtype=torch.int64)
-    histogram(counts, base, tuned)
+    both = piece(base), piece(tuned)
+    histogram(counts, *both)
     assert int(counts.sum()) == 50
-    assert within(counts[:0], base, tuned, [0], [0]) == [50] and equal(base, tuned, []) == []
+    assert within(counts[:0], *both, [0], [0]) == [50] and equal(*both, []) == []
 
 
 SCRIPT = """

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from maskwright.core.errors import BadInput
 from maskwright.core.pattern import Unstructured
 from maskwright.core.select import select
-from maskwright.kernels.merge import kept
+from maskwright.kernels.merge import kept, piece
 from maskwright.updates import Merging, merge, merging
 from maskwright.updates.breadcrumbs import Breadcrumbs
 from maskwright.updates.cuts import Row, cuts
@@ -54,7 +54,7 @@ def chunked(values, size):
         "row",
         starts,
         len(values),
-        lambda i, count: tuple(v[starts[i] : starts[i] + size][: count or None] for v in (zero, values)),
+        lambda i, count: tuple(piece(v[starts[i] : starts[i] + size][: count or None]) for v in (zero, values)),
         wide=wide,
     )
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from maskwright.models.streams import FileTensors
     from maskwright.updates import Deltas
+    from maskwright.updates.cuts import Pair
 
 app = typer.Typer(no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -165,7 +166,7 @@ class _differences:
 
         return difference(*self.pair(name))
 
-    def pair(self, name: str, count: int = 0) -> tuple[Tensor, Tensor]:
+    def pair(self, name: str, count: int = 0) -> Pair:
         return self.merging.pieces.pair(0, name, 0, prod(self.shapes[name][1]), count)
 
     def cut(self, density: float):  # type: ignore[no-untyped-def]

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -55,19 +55,19 @@ class FileTensors:
     def shapes(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         return self._shapes
 
-    def read(self, name: str, start: int, stop: int, room: Callable[[int], Tensor] | None = None) -> Tensor:
-        """(stop - start,) entries, row-major, in memory of their own. Safe from several threads.
+    def place(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        """Where entries start..stop are, row-major: an open file, and the byte that they begin at."""
+        raw = self._where[name]
+        return self._handle(raw.path), raw.start + raw.entries[name].begin + start * self._dtype(name).itemsize
 
-        room: gives the memory instead, uint8, from the number of bytes.
-        """
-        raw, dtype = self._where[name], self._dtype(name)
-        size = (stop - start) * dtype.itemsize
-        out = (torch.empty(size, dtype=torch.uint8) if room is None else room(size)).view(dtype)
-        at, left = raw.start + raw.entries[name].begin + start * dtype.itemsize, memoryview(raw_bytes(out))
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """(stop - start,) entries, row-major, in memory of their own. Safe from several threads."""
+        out = torch.empty(stop - start, dtype=self._dtype(name))
+        (handle, at), left = self.place(name, start, stop), memoryview(raw_bytes(out))
         while left:
-            got = os.preadv(self._handle(raw.path), [left], at)
+            got = os.preadv(handle, [left], at)
             if not got:
-                raise BadInput(f"{raw.path}: {_SHORT}")
+                raise BadInput(f"{self._where[name].path}: {_SHORT}")
             at, left = at + got, left[got:]
         return out
 

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from maskwright.core.errors import BadInput
 from maskwright.core.select import top
-from maskwright.kernels.merge import ABS, BINS, LOW, Keep, difference, equal, histogram, within
+from maskwright.kernels.merge import ABS, BINS, LOW, Keep, Piece, difference, equal, histogram, within
 
 _INFINITE = 0x7F800000 >> LOW  # the first bin with an infinity or NaN in it
 _SEEN, _HEAD = 1 << 20, 1 << 14  # entries that are looked at first: so many of all, but so many of each chunk
 _WIDEST = 16  # bins of a window: 4 MiB of counts a thread
 _BLOCK = 256
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Piece, Piece]
 In = TypeVar("In")
 Out = TypeVar("Out")
 

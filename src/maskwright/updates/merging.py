@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskwright.core.errors import BadInput
-from maskwright.kernels.merge import Keep, Side, combine
+from maskwright.kernels.merge import ENDED, Keep, Piece, Side, combine
 from maskwright.updates.consensus import Elected
 from maskwright.updates.cuts import Pair, Row, each
 from maskwright.updates.parts import MergeMethod, Shape, TensorReport, Tensors
@@ -26,7 +26,7 @@ from maskwright.updates.pieces import BASE, Pieces
 from maskwright.updates.sparsify import All, Band, Kept, Sparsify
 from maskwright.updates.survivors import count, norms, sparse
 
-CHUNK = 1 << 20  # entries: enough that starting the work of a piece costs little beside it
+CHUNK = 1 << 20  # entries: enough that starting the work of a chunk costs little beside it
 SMALL = 256 << 20  # bytes of all models' versions of a tensor: up to so many it is one thread's work, and held by it
 DENSE = ("*running_mean", "*running_var")  # a pruned variance may go negative: statistics are merged whole
 
@@ -186,7 +186,7 @@ class Merging:
 
     # Work
 
-    def _chunk(self, name: str, choices: Sequence[_Choice], chunk: int) -> tuple[Tensor, list[Tensor], list[Side]]:
+    def _chunk(self, name: str, choices: Sequence[_Choice], chunk: int) -> tuple[Piece, list[Piece], list[Side]]:
         """Of one chunk: the base's piece, the models', and what is taken of each."""
         piece = self._cut[name][chunk]
         base = self.pieces.read(BASE, name, *piece)
@@ -223,12 +223,15 @@ class Merging:
         own = self.shapes[name][0]
         if not own.is_floating_point:
             for start, stop in self._cut[name]:
-                write(start, self.pieces.read(BASE, name, start, stop))
+                write(start, self.pieces.read(BASE, name, start, stop).load())
             return None
         pool = None if alone else self.pool
         again = any((isinstance(p.sparsify, Band) and p.sparsify.group == "tensor") or p.rescale == "l1" for p in self.parts)
         with self.pieces.holding(name) if again and pool is None else nullcontext():
-            return self._merge(name, self._choices(name, pool), write, dtype or own, pool)
+            try:
+                return self._merge(name, self._choices(name, pool), write, dtype or own, pool)
+            except BadInput as error:
+                raise BadInput(f"{name}: {error}" if str(error) == ENDED else str(error)) from None
 
     def _merge(
         self, name: str, choices: Sequence[_Choice], write: Callable[[int, Tensor], None], dtype: torch.dtype,
@@ -240,7 +243,7 @@ class Merging:
 
         def work(chunk: int) -> TensorReport:
             base, tuned, sides = self._chunk(name, choices, chunk)
-            piece = self.pieces.result(len(base), dtype)
+            piece = self.pieces.result(base.length, dtype)
             odd, beyond = combine(base, tuned, sides, rule, piece)
             if odd:
                 raise BadInput(f"{name}: {odd} deltas are NaN or infinite")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal, Protocol
@@ -17,11 +17,10 @@ from maskwright.updates.sparsify import All, Sparsify
 
 Rescale = Literal["none", "density", "l1"]
 Shape = tuple[int, ...]
-Room = Callable[[int], Tensor]  # so many bytes -> uint8 memory for them
 
 
 class Tensors(Protocol):
-    """Named tensors read in flat pieces: a state dict, or files."""
+    """Named tensors in flat pieces: a state dict, or files."""
 
     what: str
 
@@ -29,8 +28,9 @@ class Tensors(Protocol):
         """dtype and shape of every tensor, in order."""
         ...
 
-    def read(self, name: str, start: int, stop: int, room: Room | None = None) -> Tensor:
-        """(stop - start,) entries of one tensor, row-major; the caller does not change them. room: memory to read into."""
+    def place(self, name: str, start: int, stop: int) -> Tensor | tuple[int, int]:
+        """Where these entries of one tensor are, row-major: in memory, (stop - start,), and not to be changed, or in a
+        file: its open descriptor and the byte that they begin at."""
         ...
 
 

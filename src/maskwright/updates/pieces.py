@@ -1,8 +1,8 @@
-"""Pieces of the base and of the models tuned from it, read into memory that is used again and again.
+"""Pieces of the base and of the models tuned from it. What lies in files is read by the passes as they go, into memory
+that is used again: a fresh page costs more than the work on it.
 
-Fresh memory costs a page fault every 4 KiB, which is more than the work on it. So each thread has a buffer a model for
-pieces, and another for tensors that it holds as a whole. (Mapped files were tried: their small pages make every pass over
-them slower by more than the copy takes, and a file that is cut short would kill the process.)
+Mapped files were tried: their small pages make every pass over them slower by more than the copy takes, and a file that
+is cut short would kill the process.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskwright.kernels.merge import SPAN, Piece
 from maskwright.updates.cuts import Pair
 from maskwright.updates.parts import Tensors
 
@@ -31,20 +32,24 @@ class Pieces:
         self._models = {BASE: base, **dict(enumerate(tuned))}
         self._here = _Here()
 
-    def read(self, model: int, name: str, start: int, stop: int, count: int = 0) -> Tensor:
-        """Entries start..stop as they are stored, (n,); the first `count` of them if not 0.
+    def read(self, model: int, name: str, start: int, stop: int, count: int = 0) -> Piece:
+        """Entries start..stop as they are stored; the first `count` of them if not 0.
 
         Good until the same thread reads of the same model again.
         """
-        held = self._here.held
-        if held is None:
-            stop = min(stop, start + count) if count else stop
-            return self._models[model].read(name, start, stop, lambda size: self._here.mine(model, size))
-        if (model, start) not in held:
-            begin, room = start * self._models[model].shapes()[name][0].itemsize, self._here.room[HELD, model]
-            held[model, start] = self._models[model].read(name, start, stop, lambda size: room[begin : begin + size])
-        whole = held[model, start]
-        return whole[:count] if count else whole
+        stop = min(stop, start + count) if count else stop
+        source, here = self._models[model], self._here
+        if here.held is not None and (model, start) in here.held:
+            return Piece(here.held[model, start][: stop - start], stop - start)
+        place = source.place(name, start, stop)
+        if isinstance(place, Tensor):
+            return Piece(place, stop - start)
+        dtype = source.shapes()[name][0]
+        if here.held is None or count:
+            return Piece(here.mine(model, SPAN * dtype.itemsize).view(dtype), stop - start, *place)
+        memory = here.room[HELD, model][start * dtype.itemsize : stop * dtype.itemsize].view(dtype)
+        here.held[model, start] = memory  # the first pass over the piece fills it
+        return Piece(memory, stop - start, *place)
 
     def pair(self, model: int, name: str, start: int, stop: int, count: int = 0) -> Pair:
         """(base, tuned) of the same entries."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskwright.core.errors import BadInput
 from maskwright.updates.merging import Merging
-from maskwright.updates.parts import MergeMethod, Room, Shape, TensorReport
+from maskwright.updates.parts import MergeMethod, Shape, TensorReport
 
 
 class StateTensors:
@@ -35,7 +35,7 @@ class StateTensors:
     def shapes(self) -> Mapping[str, tuple[torch.dtype, Shape]]:
         return {name: (value.dtype, tuple(value.shape)) for name, value in self.state.items()}
 
-    def read(self, name: str, start: int, stop: int, room: Room | None = None) -> Tensor:
+    def place(self, name: str, start: int, stop: int) -> Tensor:
         return self.state[name].reshape(-1)[start:stop]
 
 

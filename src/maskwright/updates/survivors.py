@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maskwright.kernels.merge import Keep, Side, difference, kept
+from maskwright.kernels.merge import Keep, Piece, Side, difference, kept
 from maskwright.updates.parts import TensorReport
 
 
-def norms(base: Tensor, tuned: Tensor, keep: Keep) -> tuple[float, float]:
+def norms(base: Piece, tuned: Piece, keep: Keep) -> tuple[float, float]:
     """The L1 norms of a chunk's delta and of what stays of it."""
     delta = difference(base, tuned)
     after = torch.where(kept(delta, keep), delta, 0.0).abs_()
     return float(delta.abs_().sum(dtype=torch.float64)), float(after.sum(dtype=torch.float64))
 
 
-def sparse(base: Tensor, tuned: Sequence[Tensor], sides: Sequence[Side]) -> list[tuple[Tensor, Tensor]]:
+def sparse(base: Piece, tuned: Sequence[Piece], sides: Sequence[Side]) -> list[tuple[Tensor, Tensor]]:
     """Of each model the sparse, rescaled delta, and what is kept."""
     out = []
     for piece, side in zip(tuned, sides, strict=True):

@@ -28,6 +28,7 @@ from maskwright.core.maskset import MaskSet
 from maskwright.core.pattern import Unstructured
 from maskwright.core.select import draw, generator
 from maskwright.kernels.merge import kept as stays
+from maskwright.kernels.merge import piece
 from maskwright.updates.cuts import Pair, Row, cuts
 from maskwright.updates.deltas import Deltas, delta
 from maskwright.updates.restriction import restrict
@@ -153,7 +154,7 @@ class TwoPhase:
 
         def pair(i: int, count: int) -> Pair:
             gap = moved(i)[: count or None]
-            return torch.zeros_like(gap), gap
+            return piece(torch.zeros_like(gap)), piece(gap)
 
         there = sum(int(moved(i).count_nonzero()) for i in range(len(pieces)))
         if there < number:

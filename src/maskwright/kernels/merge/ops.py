@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskwright.core.errors import BadInput
 from maskwright.kernels.building import Native
 from maskwright.kernels.library import LIBRARY
 from maskwright.kernels.merge import reference
+from maskwright.kernels.merge.piece import ENDED, Piece
 from maskwright.kernels.merge.reference import Keep, Rule, Side
 
 # Without contraction: a product and a sum rounded as one would give other bits than torch.
@@ -27,12 +30,14 @@ _NATIVE = Native(
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # `impl` names an instruction set, for tests; empty: the best of this CPU.
-LIBRARY.define("merge_histogram(Tensor(a!) counts, Tensor base, Tensor tuned, str impl='') -> ()")
-LIBRARY.define("merge_within(Tensor(a!) counts, Tensor base, Tensor tuned, int[] first, int[] wide, str impl='') -> int[]")
-LIBRARY.define("merge_equal(Tensor base, Tensor tuned, int[] levels, str impl='') -> int[]")
+# `files`: (descriptor, byte) of the base and of each model. Pieces in files are read into the tensors that stand for them.
+_PAIR = "Tensor(b!) base, Tensor(c!) tuned, int[] files, int n"
+LIBRARY.define(f"merge_histogram(Tensor(a!) counts, {_PAIR}, str impl='') -> ()")
+LIBRARY.define(f"merge_within(Tensor(a!) counts, {_PAIR}, int[] first, int[] wide, str impl='') -> int[]")
+LIBRARY.define(f"merge_equal({_PAIR}, int[] levels, str impl='') -> int[]")
 LIBRARY.define(
-    "merge_combine(Tensor(a!) out, Tensor base, Tensor[] tuned, int[] keeps, Tensor?[] masks, float[] factors, "
-    "float[] weights, bool elect, float divisor, float leaning, float scale, str impl='') -> int[]"
+    "merge_combine(Tensor(a!) out, Tensor(b!) base, Tensor(c!)[] tuned, int[] files, int[] keeps, Tensor?[] masks, "
+    "float[] factors, float[] weights, bool elect, float divisor, float leaning, float scale, str impl='') -> int[]"
 )
 
 
@@ -42,47 +47,66 @@ def load() -> str | None:
     return _NATIVE.load()
 
 
-def _native(*pieces: Tensor) -> bool:
-    return all(piece.dtype in _DTYPES for piece in pieces) and load() is None
+def _native(*dtypes: torch.dtype) -> bool:
+    return all(dtype in _DTYPES for dtype in dtypes) and load() is None
 
 
-def histogram(counts: Tensor, base: Tensor, tuned: Tensor) -> None:
-    """Adds to `counts`, (BINS,) int64, how many differences have each value of their magnitude's upper 16 bits.
+def _call(name: str, *args: Any) -> Any:
+    try:
+        return getattr(torch.ops.maskwright, name)(*args)
+    except RuntimeError as error:
+        if ENDED in str(error):
+            raise BadInput(ENDED) from None
+        raise
 
-    base, tuned: (n,) floats of any dtypes.
-    """
-    if _native(base, tuned):
-        torch.ops.maskwright.merge_histogram(counts, base, tuned)
+
+def _pair(base: Piece, tuned: Piece) -> tuple[Any, ...]:
+    if base.length != tuned.length:
+        raise BadInput(f"pieces of {base.length} and {tuned.length} entries make no differences")
+    return base.memory, tuned.memory, (base.file, base.at, tuned.file, tuned.at), base.length
+
+
+def difference(base: Piece, tuned: Piece) -> Tensor:
+    """tuned - base as a new tensor, (n,): float64 if either is, else float32."""
+    return reference.difference(base.load(), tuned.load())
+
+
+def histogram(counts: Tensor, base: Piece, tuned: Piece) -> None:
+    """Adds to `counts`, (BINS,) int64, how many differences have each value of their magnitude's upper 16 bits."""
+    if _native(base.dtype, tuned.dtype):
+        _call("merge_histogram", counts, *_pair(base, tuned))
     else:
-        reference.histogram(counts, base, tuned)
+        reference.histogram(counts, base.load(), tuned.load())
 
 
-def within(counts: Tensor, base: Tensor, tuned: Tensor, first: Sequence[int], wide: Sequence[int]) -> list[int]:
+def within(counts: Tensor, base: Piece, tuned: Piece, first: Sequence[int], wide: Sequence[int]) -> list[int]:
     """Of windows of `wide` bins from `first`: adds to `counts` how many entries have each value, 2^15 values a bin, one
     window after the other, int64; gives how many lie in the bins beyond each."""
-    if _native(base, tuned):
-        return torch.ops.maskwright.merge_within(counts, base, tuned, first, wide)  # type: ignore[no-any-return]
-    return reference.within(counts, base, tuned, first, wide)
+    if _native(base.dtype, tuned.dtype):
+        return _call("merge_within", counts, *_pair(base, tuned), first, wide)  # type: ignore[no-any-return]
+    return reference.within(counts, base.load(), tuned.load(), first, wide)
 
 
-def equal(base: Tensor, tuned: Tensor, levels: Sequence[int]) -> list[int]:
+def equal(base: Piece, tuned: Piece, levels: Sequence[int]) -> list[int]:
     """How many differences have each of these magnitudes, given by their bits."""
-    if _native(base, tuned):
-        return torch.ops.maskwright.merge_equal(base, tuned, levels)  # type: ignore[no-any-return]
-    return reference.equal(base, tuned, levels)
+    if _native(base.dtype, tuned.dtype):
+        return _call("merge_equal", *_pair(base, tuned), levels)  # type: ignore[no-any-return]
+    return reference.equal(base.load(), tuned.load(), levels)
 
 
-def combine(base: Tensor, tuned: Sequence[Tensor], sides: Sequence[Side], rule: Rule, out: Tensor) -> tuple[int, int]:
-    """Writes the merged piece to `out`; gives how many differences are not finite, and how many results. (n,) floats.
+def combine(base: Piece, tuned: Sequence[Piece], sides: Sequence[Side], rule: Rule, out: Tensor) -> tuple[int, int]:
+    """Writes the merged piece to `out`, (n,) float; gives how many differences are not finite, and how many results.
 
     difference -> what stays -> factor -> weight -> sum or election -> scale -> + base -> rounded to `out`'s dtype, each
     step rounded to float32 by itself (float64 where a piece is).
     """
-    if not _native(base, out, *tuned):
-        return reference.combine(base, tuned, sides, rule, out)
-    odd, beyond = torch.ops.maskwright.merge_combine(
-        out, base, list(tuned), [number for side in sides for number in _numbers(side.keep)],
-        [side.keep.mask for side in sides], [side.factor for side in sides], [side.weight for side in sides], *rule
+    if not _native(base.dtype, out.dtype, *(piece.dtype for piece in tuned)):
+        return reference.combine(base.load(), [piece.load() for piece in tuned], sides, rule, out)
+    odd, beyond = _call(
+        "merge_combine", out, base.memory, [piece.memory for piece in tuned],
+        [number for piece in (base, *tuned) for number in (piece.file, piece.at)],
+        [number for side in sides for number in _numbers(side.keep)], [side.keep.mask for side in sides],
+        [side.factor for side in sides], [side.weight for side in sides], *rule,
     )  # fmt: skip
     return odd, beyond
 

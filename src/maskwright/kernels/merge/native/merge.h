@@ -43,12 +43,12 @@ struct Window {
 
 struct Passes {
   const char* name;
-  // All three add to the counts they are given.
+  // The first three add to the counts they are given. What chooses (`Keep`) is left as the next entries need it.
   void (*histogram)(Piece base, Piece tuned, int64_t n, int64_t* bins);
   // A window is `wide` bins from `first`: counts its entries' values, 2^LOW a bin, and in above those of the bins beyond.
   void (*within)(Piece base, Piece tuned, int64_t n, Window* windows, int64_t number);
   void (*equal)(Piece base, Piece tuned, int64_t n, const int64_t* levels, int64_t number, int64_t* counts);
-  Refused (*combine)(Piece base, const Model* models, int64_t count, Rule rule, int64_t n, Dtype dtype, void* out);
+  Refused (*combine)(Piece base, Model* models, int64_t count, Rule rule, int64_t n, Dtype dtype, void* out);
 };
 
 constexpr int LOW = 15;  // bits below a bin

@@ -2,12 +2,18 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <vector>
+
+#include <unistd.h>
 
 #include "merge.h"
 
 namespace maskwright::merging {
 namespace {
+
+constexpr int64_t SPAN = 1 << 15;  // entries worked on at a time: of four models and the result they stay in the second cache
 
 const Passes& chosen(c10::string_view name) {
   const bool two = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
@@ -27,9 +33,41 @@ Dtype dtype_of(const at::Tensor& x) {
   }
 }
 
-Piece piece(const at::Tensor& x, int64_t n) {
-  TORCH_CHECK(x.dim() == 1 && x.numel() == n && x.is_contiguous(), "merge: pieces are flat and equally long, got ", x.sizes());
-  return {x.const_data_ptr(), dtype_of(x)};
+// A piece that lies in memory, or in a file: then it is read span by span, into memory for all of it or for one span.
+struct Source {
+  char* memory;
+  Dtype dtype;
+  int64_t size;
+  int file;
+  int64_t at;
+  bool all;
+
+  Source(const at::Tensor& x, int64_t n, const int64_t* where) : dtype(dtype_of(x)), size(x.element_size()) {
+    file = static_cast<int>(where[0]), at = where[1], all = x.numel() >= n;
+    TORCH_CHECK(x.dim() == 1 && x.is_contiguous() && (all || (file >= 0 && x.numel() >= SPAN)),
+                "merge: a piece is flat, and as long as the others, got ", x.sizes(), " for ", n);
+    memory = static_cast<char*>(file < 0 ? const_cast<void*>(x.const_data_ptr()) : x.mutable_data_ptr());
+  }
+
+  Piece span(int64_t start, int64_t count) const {
+    char* to = memory + (file < 0 || all ? start * size : 0);
+    if (file >= 0) read(to, count * size, at + start * size);
+    return {to, dtype};
+  }
+
+  void read(char* to, int64_t left, int64_t from) const {
+    while (left > 0) {
+      const ssize_t got = ::pread(file, to, left, from);
+      if (got < 0 && errno == EINTR) continue;
+      TORCH_CHECK(got > 0, "merge: a file ended while it was read");
+      to += got, from += got, left -= got;
+    }
+  }
+};
+
+template <class Work>
+void spans(int64_t n, Work&& work) {
+  for (int64_t start = 0; start < n; start += SPAN) work(start, std::min(SPAN, n - start));
 }
 
 int64_t* counted(at::Tensor& counts, int64_t size) {
@@ -38,15 +76,20 @@ int64_t* counted(at::Tensor& counts, int64_t size) {
   return counts.mutable_data_ptr<int64_t>();
 }
 
-void histogram(at::Tensor& counts, const at::Tensor& base, const at::Tensor& tuned, c10::string_view impl) {
-  const int64_t n = base.numel();
-  chosen(impl).histogram(piece(base, n), piece(tuned, n), n, counted(counts, 1 << (31 - LOW)));
+// `files`: (file, byte) of the base and of each model, file -1 for memory.
+void histogram(at::Tensor& counts, const at::Tensor& base, const at::Tensor& tuned, at::IntArrayRef files, int64_t n,
+               c10::string_view impl) {
+  TORCH_CHECK(files.size() == 4, "merge: two pieces have two places");
+  const Passes& set = chosen(impl);
+  int64_t* to = counted(counts, 1 << (31 - LOW));
+  const Source mine(base, n, files.data()), theirs(tuned, n, files.data() + 2);
+  spans(n, [&](int64_t start, int64_t count) { set.histogram(mine.span(start, count), theirs.span(start, count), count, to); });
 }
 
-std::vector<int64_t> within(at::Tensor& counts, const at::Tensor& base, const at::Tensor& tuned, at::IntArrayRef first,
-                            at::IntArrayRef wide, c10::string_view impl) {
-  const int64_t n = base.numel(), number = static_cast<int64_t>(first.size());
-  TORCH_CHECK(wide.size() == first.size(), "merge: every window has a begin and a width");
+std::vector<int64_t> within(at::Tensor& counts, const at::Tensor& base, const at::Tensor& tuned, at::IntArrayRef files,
+                            int64_t n, at::IntArrayRef first, at::IntArrayRef wide, c10::string_view impl) {
+  const int64_t number = static_cast<int64_t>(first.size());
+  TORCH_CHECK(files.size() == 4 && wide.size() == first.size(), "merge: every window has a begin and a width");
   int64_t room = 0;
   for (int64_t k = 0; k < number; ++k) {
     TORCH_CHECK(first[k] >= 0 && wide[k] >= 0 && first[k] + wide[k] < 1 << (31 - LOW), "merge: a window lies beyond the bins");
@@ -56,30 +99,43 @@ std::vector<int64_t> within(at::Tensor& counts, const at::Tensor& base, const at
   std::vector<Window> windows;
   for (int64_t k = 0; k < number; to += wide[k] << LOW, ++k)
     windows.push_back({static_cast<int32_t>(first[k]), static_cast<int32_t>(wide[k]), to, 0});
-  chosen(impl).within(piece(base, n), piece(tuned, n), n, windows.data(), number);
+  const Passes& set = chosen(impl);
+  const Source mine(base, n, files.data()), theirs(tuned, n, files.data() + 2);
+  spans(n, [&](int64_t start, int64_t count) {
+    set.within(mine.span(start, count), theirs.span(start, count), count, windows.data(), number);
+  });
   std::vector<int64_t> above;
   for (const Window& window : windows) above.push_back(window.above);
   return above;
 }
 
-std::vector<int64_t> equal(const at::Tensor& base, const at::Tensor& tuned, at::IntArrayRef levels, c10::string_view impl) {
-  const int64_t n = base.numel();
+std::vector<int64_t> equal(const at::Tensor& base, const at::Tensor& tuned, at::IntArrayRef files, int64_t n,
+                           at::IntArrayRef levels, c10::string_view impl) {
+  TORCH_CHECK(files.size() == 4, "merge: two pieces have two places");
   std::vector<int64_t> counts(levels.size(), 0);
-  chosen(impl).equal(piece(base, n), piece(tuned, n), n, levels.data(), static_cast<int64_t>(levels.size()), counts.data());
+  const Passes& set = chosen(impl);
+  const Source mine(base, n, files.data()), theirs(tuned, n, files.data() + 2);
+  spans(n, [&](int64_t start, int64_t count) {
+    set.equal(mine.span(start, count), theirs.span(start, count), count, levels.data(), static_cast<int64_t>(levels.size()),
+              counts.data());
+  });
   return counts;
 }
 
 // `keeps` has 8 numbers a model, in the order of `Keep`.
-std::vector<int64_t> combine(at::Tensor& out, const at::Tensor& base, at::TensorList tuned, at::IntArrayRef keeps,
-                             const c10::List<std::optional<at::Tensor>>& masks, at::ArrayRef<double> factors,
-                             at::ArrayRef<double> weights, bool elect, double divisor, double leaning, double scale,
-                             c10::string_view impl) {
-  const int64_t n = base.numel(), number = static_cast<int64_t>(tuned.size());
+std::vector<int64_t> combine(at::Tensor& out, const at::Tensor& base, at::TensorList tuned, at::IntArrayRef files,
+                             at::IntArrayRef keeps, const c10::List<std::optional<at::Tensor>>& masks,
+                             at::ArrayRef<double> factors, at::ArrayRef<double> weights, bool elect, double divisor,
+                             double leaning, double scale, c10::string_view impl) {
+  const int64_t n = out.numel(), number = static_cast<int64_t>(tuned.size());
+  TORCH_CHECK(out.dim() == 1 && out.is_contiguous(), "merge: the result is flat");
   TORCH_CHECK(number > 0 && static_cast<int64_t>(keeps.size()) == 8 * number && static_cast<int64_t>(masks.size()) == number &&
-                  static_cast<int64_t>(factors.size()) == number && static_cast<int64_t>(weights.size()) == number,
-              "merge: every model needs its choice, factor and weight");
+                  static_cast<int64_t>(factors.size()) == number && static_cast<int64_t>(weights.size()) == number &&
+                  static_cast<int64_t>(files.size()) == 2 * number + 2,
+              "merge: every model needs its choice, factor, weight and place");
   std::vector<Model> models(number);
   std::vector<at::Tensor> held(number);
+  std::vector<Source> sources;
   for (int64_t m = 0; m < number; ++m) {
     const int64_t* k = keeps.data() + 8 * m;
     Keep keep{static_cast<int32_t>(k[0]), static_cast<int32_t>(k[2]), k[1], k[3],
@@ -91,11 +147,20 @@ std::vector<int64_t> combine(at::Tensor& out, const at::Tensor& base, at::Tensor
                   "merge: a mask is flat, bool and as long as its piece");
       keep.mask = held[m].const_data_ptr<bool>();
     }
-    models[m] = {piece(tuned[m], n), keep, static_cast<float>(factors[m]), static_cast<float>(weights[m])};
+    sources.emplace_back(tuned[m], n, files.data() + 2 * m + 2);
+    models[m] = {{}, keep, static_cast<float>(factors[m]), static_cast<float>(weights[m])};
   }
-  piece(out, n);
+  const Passes& set = chosen(impl);
+  const Source mine(base, n, files.data());
   const Rule rule{elect, divisor != 0, static_cast<float>(divisor), static_cast<float>(leaning), static_cast<float>(scale)};
-  const Refused refused = chosen(impl).combine(piece(base, n), models.data(), number, rule, n, dtype_of(out), out.mutable_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  Refused refused{0, 0};
+  spans(n, [&](int64_t start, int64_t count) {
+    for (int64_t m = 0; m < number; ++m) models[m].tuned = sources[m].span(start, count);
+    const Refused told = set.combine(mine.span(start, count), models.data(), number, rule, count, dtype_of(out),
+                                     to + start * out.element_size());
+    refused.differences += told.differences, refused.results += told.results;
+  });
   return {refused.differences, refused.results};
 }
 

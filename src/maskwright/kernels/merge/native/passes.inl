@@ -14,15 +14,7 @@ namespace {
 
 constexpr int BLOCK = 1024;
 
-// Asks for the block after the next: the hardware does not look ahead over so many streams, or across pages.
-void ahead(Piece piece, int64_t at) {
-  const int size = piece.dtype == Dtype::f32 ? 4 : 2;
-  const char* from = static_cast<const char*>(piece.data) + (at + 2 * BLOCK) * size;
-  for (int line = 0; line < BLOCK * size; line += 64) __builtin_prefetch(from + line);
-}
-
 void load(Piece piece, int64_t at, int count, float* __restrict out) {
-  ahead(piece, at);
   if (piece.dtype == Dtype::f32) {
     std::memcpy(out, static_cast<const float*>(piece.data) + at, count * sizeof(float));
   } else if (piece.dtype == Dtype::bf16) {
@@ -75,30 +67,12 @@ void magnitudes(Piece base, Piece tuned, int64_t at, int count, int32_t* __restr
 }
 
 void histogram(Piece base, Piece tuned, int64_t n, int64_t* bins) {
-  constexpr int TABLES = 4, BINS = 1 << (31 - LOW);
   int32_t bits[BLOCK];
-  if (n < TABLES * BINS) {
-    for (int64_t at = 0; at < n; at += BLOCK) {
-      const int count = static_cast<int>(std::min<int64_t>(BLOCK, n - at));
-      magnitudes(base, tuned, at, count, bits);
-      for (int i = 0; i < count; ++i) ++bins[bits[i] >> LOW];
-    }
-    return;
-  }
-  // Neighbours count in tables of their own: where many differences are alike, each would wait for the one before.
-  static thread_local std::vector<int32_t> kept(TABLES * BINS);
-  int32_t* tables = kept.data();
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int count = static_cast<int>(std::min<int64_t>(BLOCK, n - at));
     magnitudes(base, tuned, at, count, bits);
-    int i = 0;
-    for (; i + TABLES <= count; i += TABLES)
-      for (int t = 0; t < TABLES; ++t) ++tables[t * BINS + (bits[i + t] >> LOW)];
-    for (; i < count; ++i) ++tables[bits[i] >> LOW];
+    for (int i = 0; i < count; ++i) ++bins[bits[i] >> LOW];
   }
-  for (int t = 0; t < TABLES; ++t)
-    for (int b = 0; b < BINS; ++b) bins[b] += tables[t * BINS + b];
-  std::fill(kept.begin(), kept.end(), 0);
 }
 
 // Which of eight entries lie in a window, one bit each: few do, and bits are quicker to walk than entries.
@@ -244,10 +218,8 @@ void times(float* __restrict values, int count, float by) {
     for (int i = 0; i < count; ++i) values[i] *= by;
 }
 
-Refused combine(Piece base, const Model* models, int64_t number, Rule rule, int64_t n, Dtype dtype, void* to) {
+Refused combine(Piece base, Model* models, int64_t number, Rule rule, int64_t n, Dtype dtype, void* to) {
   std::vector<float> parts(number * BLOCK);
-  std::vector<Keep> keeps(number);
-  for (int64_t m = 0; m < number; ++m) keeps[m] = models[m].keep;
   float mine[BLOCK], out[BLOCK];
   Refused refused{0, 0};
   for (int64_t at = 0; at < n; at += BLOCK) {
@@ -259,7 +231,7 @@ Refused combine(Piece base, const Model* models, int64_t number, Rule rule, int6
       int32_t odd = 0;
       for (int i = 0; i < count; ++i) odd += (std::bit_cast<int32_t>(part[i]) & EXPONENT) == EXPONENT;
       refused.differences += odd;
-      sparse(keeps[m], at, count, part);
+      sparse(models[m].keep, at, count, part);
       times(part, count, models[m].factor);
       times(part, count, models[m].weight);
     }
@@ -268,6 +240,10 @@ Refused combine(Piece base, const Model* models, int64_t number, Rule rule, int6
     times(out, count, rule.scale);
     for (int i = 0; i < count; ++i) out[i] += mine[i];
     refused.results += store(out, count, dtype, to, at);
+  }
+  for (int64_t m = 0; m < number; ++m) {
+    models[m].keep.place += n;
+    if (models[m].keep.mask != nullptr) models[m].keep.mask += n;
   }
   return refused;
 }
