@@ -93,10 +93,11 @@ class MergeJob:
         trial = max(self.merging.names, key=lambda name: (sizes[name] <= 16 * CHUNK, sizes[name]), default=None)
         seconds = 0.0
         if trial is not None and sizes[trial]:
+            own = self.merging.shapes[trial][0]
             with self._quiet_threads():
                 start = time.perf_counter()
                 Merging(self.base, self.tuned, self._by_tensor(), weights=self.merging.weights, pool=self.pool).tensor(
-                    trial, lambda at, piece: None, self.dtype
+                    trial, lambda start, stop: torch.empty(stop - start, dtype=self.dtype or own), self.dtype
                 )
                 seconds = (time.perf_counter() - start) * total / sizes[trial]
         # A thread has a piece of every model and of the result, or a whole tensor of every model if that is small.
@@ -164,7 +165,7 @@ class MergeJob:
                         self.folder.write(name, start, self.base.read(name, start, min(start + CHUNK, sizes[name])))
                     yield name, None
 
-        merged = self.merging.run([name for name in to_do if name not in self.left], self.folder.write, self.dtype)
+        merged = self.merging.run([name for name in to_do if name not in self.left], self.folder.place, self.dtype)
         for name, report in chain(copied(), merged):
             if report is not None:
                 told[name] = report

@@ -173,13 +173,19 @@ class Folder:
             dump(partial, self.identity)
             partial.replace(self._plan)  # last: what has a plan has its files
 
-    def write(self, name: str, start: int, piece: Tensor) -> None:
-        """Entries `start` and on of one tensor. Safe from several threads."""
+    def place(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        """Where entries start..stop of one tensor go: the open file, and the byte that they begin at."""
         file = self._where[name]
         head, entries = self.files[file]
-        at, left = len(head) + entries[name].begin + start * piece.dtype.itemsize, memoryview(raw_bytes(piece))
+        dtype = DTYPES[entries[name].dtype]
+        return self._open[file], len(head) + entries[name].begin + start * dtype.itemsize
+
+    def write(self, name: str, start: int, piece: Tensor) -> None:
+        """Entries `start` and on of one tensor. Safe from several threads."""
+        handle, at = self.place(name, start, start + len(piece))
+        left = memoryview(raw_bytes(piece))
         while left:
-            put = os.pwrite(self._open[file], left, at)
+            put = os.pwrite(handle, left, at)
             at, left = at + put, left[put:]
 
     def whole(self, name: str) -> None:

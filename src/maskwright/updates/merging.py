@@ -15,13 +15,12 @@ from math import isfinite, prod
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from maskwright.core.errors import BadInput
 from maskwright.kernels.merge import ENDED, Keep, Piece, Side, combine
 from maskwright.updates.consensus import Elected
 from maskwright.updates.cuts import Pair, Row, each
-from maskwright.updates.parts import MergeMethod, Shape, TensorReport, Tensors
+from maskwright.updates.parts import MergeMethod, Place, Shape, TensorReport, Tensors
 from maskwright.updates.pieces import BASE, Pieces
 from maskwright.updates.sparsify import All, Band, Kept, Sparsify
 from maskwright.updates.survivors import count, norms, sparse
@@ -197,44 +196,45 @@ class Merging:
         ]  # fmt: skip
 
     def run(
-        self, names: Iterable[str], write: Callable[[str, int, Tensor], None], dtype: torch.dtype | None = None
+        self, names: Iterable[str], place: Callable[[str, int, int], Place], dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, TensorReport | None]]:
         """Merge tensors; each comes with its report as soon as it is whole, small ones side by side, then great ones.
 
-        `write(name, start, piece)` gets pieces from the pool's threads, in any order. A piece is good until it returns:
-        its memory is used again. dtype: of the pieces (default the base's). Tensors that hold no floats are passed on
-        from the base. Raises BadInput naming the tensor when a delta is NaN or infinite, or a result does not fit.
+        place(name, start, stop): where entries of the result go; asked from the pool's threads, in any order. dtype: of
+        the result (default the base's). Tensors that hold no floats are passed on from the base. Raises BadInput naming
+        the tensor when a delta is NaN or infinite, or a result does not fit.
         """
         names = list(names)
         small = [name for name in names if self.pieces.nbytes(name) <= SMALL]
 
         def work(name: str) -> tuple[str, TensorReport | None]:
-            return name, self.tensor(name, partial(write, name), dtype, alone=True)
+            return name, self.tensor(name, partial(place, name), dtype, alone=True)
 
         yield from each(self.pool, work, small, ahead=64)
         for name in names:
             if self.pieces.nbytes(name) > SMALL:
-                yield name, self.tensor(name, partial(write, name), dtype)
+                yield name, self.tensor(name, partial(place, name), dtype)
 
     def tensor(
-        self, name: str, write: Callable[[int, Tensor], None], dtype: torch.dtype | None = None, *, alone: bool = False
+        self, name: str, place: Callable[[int, int], Place], dtype: torch.dtype | None = None, *, alone: bool = False
     ) -> TensorReport | None:
         """Merge one tensor, as `run` says. alone: in this thread only."""
         own = self.shapes[name][0]
         if not own.is_floating_point:
             for start, stop in self._cut[name]:
-                write(start, self.pieces.read(BASE, name, start, stop).load())
+                whole = self.pieces.read(BASE, name, start, stop).load()
+                self.pieces.result(place(start, stop), len(whole), own).store(whole)
             return None
         pool = None if alone else self.pool
         again = any((isinstance(p.sparsify, Band) and p.sparsify.group == "tensor") or p.rescale == "l1" for p in self.parts)
         with self.pieces.holding(name) if again and pool is None else nullcontext():
             try:
-                return self._merge(name, self._choices(name, pool), write, dtype or own, pool)
+                return self._merge(name, self._choices(name, pool), place, dtype or own, pool)
             except BadInput as error:
                 raise BadInput(f"{name}: {error}" if str(error) == ENDED else str(error)) from None
 
     def _merge(
-        self, name: str, choices: Sequence[_Choice], write: Callable[[int, Tensor], None], dtype: torch.dtype,
+        self, name: str, choices: Sequence[_Choice], place: Callable[[int, int], Place], dtype: torch.dtype,
         pool: Executor | None,
     ) -> TensorReport:  # fmt: skip
         pieces = self._cut[name]
@@ -243,13 +243,12 @@ class Merging:
 
         def work(chunk: int) -> TensorReport:
             base, tuned, sides = self._chunk(name, choices, chunk)
-            piece = self.pieces.result(base.length, dtype)
-            odd, beyond = combine(base, tuned, sides, rule, piece)
+            out = self.pieces.result(place(*pieces[chunk]), base.length, dtype)
+            odd, beyond = combine(base, tuned, sides, rule, out)
             if odd:
                 raise BadInput(f"{name}: {odd} deltas are NaN or infinite")
             if beyond:
                 raise BadInput(f"{name}: {beyond} merged entries do not fit {str(dtype).removeprefix('torch.')}")
-            write(pieces[chunk][0], piece)
             return count(sparse(base, tuned, sides)) if self.stats else TensorReport(0, [])
 
         for told in each(pool, work, range(len(pieces))):

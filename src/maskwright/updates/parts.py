@@ -17,6 +17,7 @@ from maskwright.updates.sparsify import All, Sparsify
 
 Rescale = Literal["none", "density", "l1"]
 Shape = tuple[int, ...]
+Place = Tensor | tuple[int, int]  # entries in memory, or an open file's descriptor and the byte that they begin at
 
 
 class Tensors(Protocol):
@@ -28,9 +29,8 @@ class Tensors(Protocol):
         """dtype and shape of every tensor, in order."""
         ...
 
-    def place(self, name: str, start: int, stop: int) -> Tensor | tuple[int, int]:
-        """Where these entries of one tensor are, row-major: in memory, (stop - start,), and not to be changed, or in a
-        file: its open descriptor and the byte that they begin at."""
+    def place(self, name: str, start: int, stop: int) -> Place:
+        """Where entries start..stop of one tensor are, row-major. They are not to be changed."""
         ...
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskwright.kernels.merge import SPAN, Piece
 from maskwright.updates.cuts import Pair
-from maskwright.updates.parts import Tensors
+from maskwright.updates.parts import Place, Tensors
 
 BASE = -1
 RESULT, HELD = "result", "held"
@@ -55,9 +55,11 @@ class Pieces:
         """(base, tuned) of the same entries."""
         return self.read(BASE, name, start, stop, count), self.read(model, name, start, stop, count)
 
-    def result(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Room for what is made of a piece, (count,). Good until the same thread asks again."""
-        return self._here.mine(RESULT, count * dtype.itemsize).view(dtype)
+    def result(self, place: Place, length: int, dtype: torch.dtype) -> Piece:
+        """A piece for what is made of others, at its place. Good until the same thread asks again."""
+        if isinstance(place, Tensor):
+            return Piece(place, length)
+        return Piece(self._here.mine(RESULT, SPAN * dtype.itemsize).view(dtype), length, *place)
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in all models together."""

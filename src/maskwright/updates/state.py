@@ -76,10 +76,10 @@ def merge(
         whole = torch.empty(value.shape, dtype=value.dtype)
         flat = whole.view(-1)
 
-        def write(start: int, piece: Tensor, flat: Tensor = flat) -> None:
-            flat[start : start + len(piece)] = piece
+        def place(start: int, stop: int, flat: Tensor = flat) -> Tensor:
+            return flat[start:stop]
 
-        told = work.tensor(name, write)
+        told = work.tensor(name, place)
         out[name] = whole
         if told is not None:
             report[name] = told

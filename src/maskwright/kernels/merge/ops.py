@@ -30,13 +30,13 @@ _NATIVE = Native(
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # `impl` names an instruction set, for tests; empty: the best of this CPU.
-# `files`: (descriptor, byte) of the base and of each model. Pieces in files are read into the tensors that stand for them.
+# `files`: (descriptor, byte) of each piece. What lies in a file is read into the tensor that stands for it.
 _PAIR = "Tensor(b!) base, Tensor(c!) tuned, int[] files, int n"
 LIBRARY.define(f"merge_histogram(Tensor(a!) counts, {_PAIR}, str impl='') -> ()")
 LIBRARY.define(f"merge_within(Tensor(a!) counts, {_PAIR}, int[] first, int[] wide, str impl='') -> int[]")
 LIBRARY.define(f"merge_equal({_PAIR}, int[] levels, str impl='') -> int[]")
 LIBRARY.define(
-    "merge_combine(Tensor(a!) out, Tensor(b!) base, Tensor(c!)[] tuned, int[] files, int[] keeps, Tensor?[] masks, "
+    "merge_combine(Tensor(a!) out, Tensor(b!) base, Tensor(c!)[] tuned, int[] files, int n, int[] keeps, Tensor?[] masks, "
     "float[] factors, float[] weights, bool elect, float divisor, float leaning, float scale, str impl='') -> int[]"
 )
 
@@ -94,17 +94,22 @@ def equal(base: Piece, tuned: Piece, levels: Sequence[int]) -> list[int]:
     return reference.equal(base.load(), tuned.load(), levels)
 
 
-def combine(base: Piece, tuned: Sequence[Piece], sides: Sequence[Side], rule: Rule, out: Tensor) -> tuple[int, int]:
-    """Writes the merged piece to `out`, (n,) float; gives how many differences are not finite, and how many results.
+def combine(base: Piece, tuned: Sequence[Piece], sides: Sequence[Side], rule: Rule, out: Piece) -> tuple[int, int]:
+    """Writes the merged piece to `out`; gives how many differences are not finite, and how many results.
 
     difference -> what stays -> factor -> weight -> sum or election -> scale -> + base -> rounded to `out`'s dtype, each
     step rounded to float32 by itself (float64 where a piece is).
     """
+    if {base.length, out.length} != {piece.length for piece in tuned}:
+        raise BadInput(f"pieces of {[base.length, *(piece.length for piece in tuned)]} entries do not merge to {out.length}")
     if not _native(base.dtype, out.dtype, *(piece.dtype for piece in tuned)):
-        return reference.combine(base.load(), [piece.load() for piece in tuned], sides, rule, out)
+        made = torch.empty(out.length, dtype=out.dtype)
+        told = reference.combine(base.load(), [piece.load() for piece in tuned], sides, rule, made)
+        out.store(made)
+        return told
     odd, beyond = _call(
-        "merge_combine", out, base.memory, [piece.memory for piece in tuned],
-        [number for piece in (base, *tuned) for number in (piece.file, piece.at)],
+        "merge_combine", out.memory, base.memory, [piece.memory for piece in tuned],
+        [number for piece in (out, base, *tuned) for number in (piece.file, piece.at)], out.length,
         [number for side in sides for number in _numbers(side.keep)], [side.keep.mask for side in sides],
         [side.factor for side in sides], [side.weight for side in sides], *rule,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A flat piece of a tensor: in memory, or in a file from which the kernels read it as they go."""
+"""A flat piece of a tensor: in memory, or in a file that the kernels read or write as they go."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ENDED = "a file ended while it was read"
 class Piece(NamedTuple):
     """`length` entries of a tensor.
 
-    memory: (n,) the entries. With a file: room for them, which is filled by the first pass over them, or room for SPAN
-    entries, through which they pass. file: its descriptor, or -1; at: the byte in it where they begin.
+    memory: (n,) the entries, or room for a result. With a file: room for all of them, which the first pass over them fills,
+    or for SPAN of them, through which they pass. file: its descriptor, or -1; at: the byte in it where they begin.
     """
 
     memory: Tensor
@@ -42,6 +42,16 @@ class Piece(NamedTuple):
                 raise BadInput(ENDED)
             left, at = left[got:], at + got
         return out
+
+    def store(self, values: Tensor) -> None:
+        """Write the entries, (length,) of any dtype, to where they belong."""
+        if self.file < 0:
+            self.memory[: self.length].copy_(values)
+            return
+        left, at = values.to(self.dtype).contiguous().view(torch.uint8).numpy().data, self.at
+        while left:
+            put = os.pwrite(self.file, left, at)
+            left, at = left[put:], at + put
 
 
 def piece(memory: Tensor) -> Piece:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <vector>
 
 #include <unistd.h>
@@ -65,6 +66,33 @@ struct Source {
   }
 };
 
+// Where a result goes: memory for all of it, or a file, written span by span from memory for one.
+struct Target {
+  char* memory;
+  int64_t size;
+  int file;
+  int64_t at;
+
+  Target(const at::Tensor& x, int64_t n, const int64_t* where) : size(x.element_size()) {
+    file = static_cast<int>(where[0]), at = where[1];
+    TORCH_CHECK(x.dim() == 1 && x.is_contiguous() && x.numel() >= (file < 0 ? n : std::min(n, SPAN)),
+                "merge: no room for the result, ", x.sizes(), " for ", n);
+    memory = static_cast<char*>(x.mutable_data_ptr());
+  }
+
+  char* span(int64_t start) const { return memory + (file < 0 ? start * size : 0); }
+
+  void written(int64_t start, int64_t count) const {
+    const char* from = memory;
+    for (int64_t left = file < 0 ? 0 : count * size, to = at + start * size; left > 0;) {
+      const ssize_t put = ::pwrite(file, from, left, to);
+      if (put < 0 && errno == EINTR) continue;
+      TORCH_CHECK(put > 0, "merge: a file could not be written: ", std::strerror(errno));
+      from += put, to += put, left -= put;
+    }
+  }
+};
+
 template <class Work>
 void spans(int64_t n, Work&& work) {
   for (int64_t start = 0; start < n; start += SPAN) work(start, std::min(SPAN, n - start));
@@ -76,7 +104,7 @@ int64_t* counted(at::Tensor& counts, int64_t size) {
   return counts.mutable_data_ptr<int64_t>();
 }
 
-// `files`: (file, byte) of the base and of each model, file -1 for memory.
+// `files`: (file, byte) of each piece, file -1 for memory.
 void histogram(at::Tensor& counts, const at::Tensor& base, const at::Tensor& tuned, at::IntArrayRef files, int64_t n,
                c10::string_view impl) {
   TORCH_CHECK(files.size() == 4, "merge: two pieces have two places");
@@ -122,16 +150,15 @@ std::vector<int64_t> equal(const at::Tensor& base, const at::Tensor& tuned, at::
   return counts;
 }
 
-// `keeps` has 8 numbers a model, in the order of `Keep`.
-std::vector<int64_t> combine(at::Tensor& out, const at::Tensor& base, at::TensorList tuned, at::IntArrayRef files,
+// `files` begins with the result's place. `keeps` has 8 numbers a model, in the order of `Keep`.
+std::vector<int64_t> combine(at::Tensor& out, const at::Tensor& base, at::TensorList tuned, at::IntArrayRef files, int64_t n,
                              at::IntArrayRef keeps, const c10::List<std::optional<at::Tensor>>& masks,
                              at::ArrayRef<double> factors, at::ArrayRef<double> weights, bool elect, double divisor,
                              double leaning, double scale, c10::string_view impl) {
-  const int64_t n = out.numel(), number = static_cast<int64_t>(tuned.size());
-  TORCH_CHECK(out.dim() == 1 && out.is_contiguous(), "merge: the result is flat");
+  const int64_t number = static_cast<int64_t>(tuned.size());
   TORCH_CHECK(number > 0 && static_cast<int64_t>(keeps.size()) == 8 * number && static_cast<int64_t>(masks.size()) == number &&
                   static_cast<int64_t>(factors.size()) == number && static_cast<int64_t>(weights.size()) == number &&
-                  static_cast<int64_t>(files.size()) == 2 * number + 2,
+                  static_cast<int64_t>(files.size()) == 2 * number + 4,
               "merge: every model needs its choice, factor, weight and place");
   std::vector<Model> models(number);
   std::vector<at::Tensor> held(number);
@@ -147,18 +174,20 @@ std::vector<int64_t> combine(at::Tensor& out, const at::Tensor& base, at::Tensor
                   "merge: a mask is flat, bool and as long as its piece");
       keep.mask = held[m].const_data_ptr<bool>();
     }
-    sources.emplace_back(tuned[m], n, files.data() + 2 * m + 2);
+    sources.emplace_back(tuned[m], n, files.data() + 2 * m + 4);
     models[m] = {{}, keep, static_cast<float>(factors[m]), static_cast<float>(weights[m])};
   }
   const Passes& set = chosen(impl);
-  const Source mine(base, n, files.data());
+  const Source mine(base, n, files.data() + 2);
+  const Target target(out, n, files.data());
   const Rule rule{elect, divisor != 0, static_cast<float>(divisor), static_cast<float>(leaning), static_cast<float>(scale)};
-  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const Dtype dtype = dtype_of(out);
   Refused refused{0, 0};
   spans(n, [&](int64_t start, int64_t count) {
     for (int64_t m = 0; m < number; ++m) models[m].tuned = sources[m].span(start, count);
-    const Refused told = set.combine(mine.span(start, count), models.data(), number, rule, count, dtype_of(out),
-                                     to + start * out.element_size());
+    const Refused told =
+        set.combine(mine.span(start, count), models.data(), number, rule, count, dtype, target.span(start));
+    target.written(start, count);
     refused.differences += told.differences, refused.results += told.results;
   });
   return {refused.differences, refused.results};
