@@ -4,7 +4,9 @@
     MERGEKIT=/path/to/venv/bin python benchmarks/merge.py   # mergekit beside it (pip install mergekit in a venv of its own)
 
 The checkpoints (base and three tuned ones, Llama 3.2 1B's shapes, two shards each) are made on the spot under --folder.
-Every run is a process of its own, the contenders take turns, the page cache is warm. Writes results/merge.json.
+Every run is a process of its own, the contenders take turns, the page cache is warm. mergekit is run on four layers of them,
+ours beside it: at full size it takes 12 to 17 GB, which drives the files out of the page cache. Values are compared on
+one layer in float32, where no two differences of a tensor are equal. Writes results/merge.json.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import tempfile
 import time
 from math import prod
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,9 +46,24 @@ THEIRS = {  # the same recipes in mergekit's words
 }
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
-    for i in range(LAYERS):
+class Size(NamedTuple):
+    """How many layers, words, and in what dtype."""
+
+    name: str
+    layers: int = LAYERS
+    vocabulary: int = VOCABULARY
+    dtype: str = "bfloat16"
+
+
+FULL, PEER, EXACT = Size("full"), Size("peer", 4, 32000), Size("exact", 1, 1000, "float32")
+
+
+def shapes(size: Size = FULL) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (size.vocabulary, WIDTH),
+        "model.norm.weight": (WIDTH,),
+    }
+    for i in range(size.layers):
         at = f"model.layers.{i}."
         for name in ("input_layernorm", "post_attention_layernorm"):
             found[f"{at}{name}.weight"] = (WIDTH,)
@@ -56,16 +74,16 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, size: Size) -> None:
     """base, m1, m2, m3: normal weights, and normal differences of 2% of their size. Kept if they are there."""
     from safetensors.torch import save_file
 
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": HIDDEN,
-        "num_hidden_layers": LAYERS, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-        "vocab_size": VOCABULARY, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "num_hidden_layers": size.layers, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+        "vocab_size": size.vocabulary, "tie_word_embeddings": True, "torch_dtype": size.dtype,
     }  # fmt: skip
-    names = list(shapes().items())
+    names = list(shapes(size).items())
     parts = (names[: len(names) // 3], names[len(names) // 3 :])
     for number, name in enumerate(("base", "m1", "m2", "m3")):
         path = folder / name
@@ -81,9 +99,14 @@ def make(folder: Path) -> None:
                 value = torch.randn(shape, generator=rng) * 0.02
                 if number:
                     value += torch.randn(shape, generator=rng.manual_seed(rng.initial_seed() + number)) * 0.0004
-                tensors[key], where[key] = value.bfloat16(), file
+                tensors[key], where[key] = value.to(getattr(torch, size.dtype)), file
             save_file(tensors, path / file, metadata={"format": "pt"})
-        index = {"metadata": {"total_size": 2 * sum(map(prod, shapes().values()))}, "weight_map": where}
+        index = {
+            "metadata": {
+                "total_size": torch.finfo(getattr(torch, size.dtype)).bits // 8 * sum(map(prod, shapes(size).values()))
+            },
+            "weight_map": where,
+        }
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
         (path / "config.json").write_text(json.dumps(config))
 
@@ -133,13 +156,13 @@ def ours(folder: Path, out: Path, words: list[str]) -> dict[str, float]:
     return {"seconds": report["seconds"]["merge"], "peak": report["peak_bytes"]}
 
 
-def theirs(folder: Path, out: Path, name: str, dtype: str) -> dict[str, float]:
+def theirs(folder: Path, out: Path, name: str) -> dict[str, float]:
     method, own, common = THEIRS[name]
     lines = [
         f"merge_method: {method}",
         f"base_model: {folder / 'base'}",
-        f"dtype: {dtype}",
-        "out_dtype: bfloat16",
+        "dtype: float32",
+        f"out_dtype: {json.loads((folder / 'base' / 'config.json').read_text())['torch_dtype']}",
         "models:",
     ]
     for model in ("m1", "m2", "m3"):
@@ -171,53 +194,76 @@ def difference(one: Path, other: Path) -> dict[str, float]:
     return {"unequal": unequal / total, "most": most}
 
 
+def _fresh(out: Path, inputs: Path) -> None:
+    """Without an old result, the disk at rest, the inputs in the page cache."""
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    for file in inputs.glob("*/*.safetensors"):
+        with file.open("rb", buffering=0) as handle:
+            while handle.read(1 << 24):
+                pass
+
+
+def _summary(found: list[dict[str, float]]) -> dict[str, Any]:
+    seconds = [run["seconds"] for run in found]
+    peak = max(run["peak"] for run in found)
+    return {"seconds": statistics.median(seconds), "spread": [min(seconds), max(seconds)], "peak_bytes": peak}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "maskwright-merge")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(METHODS))
     given = parser.parse_args()
-    make(given.folder)
-    beside = "MERGEKIT" in os.environ
-    rows: dict[str, dict[str, list[dict[str, float]]]] = {name: {"ours": [], "mergekit": []} for name in given.only}
+    full, small, exact = (given.folder / size.name for size in (FULL, PEER, EXACT))
+    make(full, FULL)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in given.only}
     floors: list[float] = []
-    equal: dict[str, dict[str, float]] = {}
-    out, peer = given.folder / "out", given.folder / "peer"
-    for turn in range(given.rounds):
+    out, peer = given.folder / "out", given.folder / "peer-out"
+    for _ in range(given.rounds):
         for name in given.only:
-            for path in (out, peer):
-                shutil.rmtree(path, ignore_errors=True)
-            os.sync()  # or the disk would still be writing the last result
-            floors.append(floor(given.folder, given.folder / "copy"))
-            shutil.rmtree(given.folder / "copy")
-            os.sync()
-            rows[name]["ours"].append(ours(given.folder, out, METHODS[name]))
-            if beside and name in THEIRS and turn == 0:
-                rows[name]["mergekit"].append(theirs(given.folder, peer, name, "float32"))
-                equal[name] = difference(out, peer)
-            found = rows[name]
-            print(name, f"floor {floors[-1]:.2f} s", found["ours"][-1], found["mergekit"][-1:], equal.get(name), flush=True)
+            _fresh(out, full)
+            floors.append(floor(full, given.folder / "copy"))
+            _fresh(given.folder / "copy", full)
+            runs[name].append(ours(full, out, METHODS[name]))
+            print(name, f"floor {floors[-1]:.2f} s", runs[name][-1], flush=True)
+    beside: dict[str, dict[str, Any]] = {}
+    for name in [name for name in given.only if name in THEIRS] if "MERGEKIT" in os.environ else []:
+        make(small, PEER)
+        make(exact, EXACT)
+        turns: dict[str, list[dict[str, float]]] = {"ours": [], "mergekit": []}
+        for _ in range(given.rounds):
+            _fresh(out, small)
+            start = time.perf_counter()
+            turns["ours"].append(ours(small, out, METHODS[name]))
+            turns["ours"][-1]["seconds"] = time.perf_counter() - start  # mergekit, too, is timed as a whole command
+            _fresh(peer, small)
+            turns["mergekit"].append(theirs(small, peer, name))
+        told = {who: _summary(found) for who, found in turns.items()}
+        beside[name] = told | {"times": told["mergekit"]["seconds"] / told["ours"]["seconds"]}
+        if name != "dare":  # its masks are random, and each tool has its own
+            _fresh(out, exact)
+            _fresh(peer, exact)
+            ours(exact, out, METHODS[name])
+            theirs(exact, peer, name)
+            beside[name]["values"] = difference(out, peer)
+        print(name, beside[name], flush=True)
     base = statistics.median(floors)
-    told = {
+    methods = {name: _summary(found) for name, found in runs.items()}
+    for found in methods.values():
+        found["over_floor"] = found["seconds"] / base
+    report: dict[str, Any] = {
         "what": "base and three tuned checkpoints, bf16, page cache warm",
         "parameters": sum(map(prod, shapes().values())),
         "floor": {"seconds": base, "spread": [min(floors), max(floors)]},
-        "methods": {
-            name: {
-                "seconds": statistics.median(r["seconds"] for r in found["ours"]),
-                "spread": [min(r["seconds"] for r in found["ours"]), max(r["seconds"] for r in found["ours"])],
-                "over_floor": statistics.median(r["seconds"] for r in found["ours"]) / base,
-                "peak_bytes": max(r["peak"] for r in found["ours"]),
-                "mergekit": found["mergekit"][0] if found["mergekit"] else None,
-                "values": equal.get(name),
-            }
-            for name, found in rows.items()
-        },
+        "methods": methods,
+        "mergekit_parameters": sum(map(prod, shapes(PEER).values())), "mergekit": beside,
         "machine": machine(), "versions": versions(),
     }  # fmt: skip
     if set(given.only) == set(METHODS):
-        (results_dir() / "merge.json").write_text(to_json(told) + "\n", encoding="utf-8")
-    print(json.dumps(told["methods"], indent=1))
+        (results_dir() / "merge.json").write_text(to_json(report) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
