@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
-from math import isfinite, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from maskwright.core.errors import BadInput
 from maskwright.kernels.merge import ENDED, Keep, Piece, Side, combine
 from maskwright.updates.consensus import Elected
 from maskwright.updates.cuts import Pair, Row, each
+from maskwright.updates.fitting import agreeing, same_shapes
 from maskwright.updates.parts import MergeMethod, Place, Shape, TensorReport, Tensors
 from maskwright.updates.pieces import BASE, Pieces
 from maskwright.updates.sparsify import All, Band, Kept, Sparsify
@@ -59,8 +60,8 @@ class Merging:
         given = [methods] * len(self.tuned) if isinstance(methods, MergeMethod) else list(methods)
         self.parts = [method.parts() for method in given]
         self.weights = [1.0] * len(self.tuned) if weights is None else [float(weight) for weight in weights]
-        self._refuse()
-        self.shapes = self._same_shapes()
+        agreeing(self.parts, self.weights, len(self.tuned))
+        self.shapes = same_shapes(base, self.tuned)
         self.common = self.parts[0]
         self.names = [name for name, (dtype, _) in self.shapes.items() if dtype.is_floating_point]
         self._cut = {name: self._cut_up(shape) for name, (_, shape) in self.shapes.items()}
@@ -68,40 +69,6 @@ class Merging:
         self._whole: dict[int, Kept] = {}
         self._first: dict[str, int] = {}
         self.pieces = Pieces(base, self.tuned)
-
-    def _refuse(self) -> None:
-        number = len(self.tuned)
-        for what, told in (("methods", self.parts), ("weights", self.weights)):
-            if len(told) != number:
-                raise BadInput(f"{number} models but {len(told)} {what}")
-        if not all(map(isfinite, self.weights)):
-            raise BadInput(f"weights are finite numbers, got {self.weights}")
-        first = self.parts[0]
-        if any(p.consensus != first.consensus or p.scale != first.scale for p in self.parts[1:]):
-            raise BadInput("the models' methods must agree on consensus, normalise and scale")
-        if first.consensus.normalise and (min(self.weights) < 0 or sum(self.weights) <= 0):
-            raise BadInput(
-                f"normalise divides by the sum of the weights: they must be >= 0 and not all 0, got {self.weights}"
-            )
-
-    def _same_shapes(self) -> dict[str, tuple[torch.dtype, Shape]]:
-        mine = dict(self.base.shapes())
-        for model in self.tuned:
-            theirs = model.shapes()
-            for what, odd in (
-                ("lacks", [n for n in mine if n not in theirs]),
-                ("adds", [n for n in theirs if n not in mine]),
-            ):
-                if odd:
-                    raise BadInput(f"{model.what}: {what} {_some(odd)}; the base is {self.base.what}")
-            wrong = [name for name in mine if theirs[name][1] != mine[name][1]]
-            if wrong:
-                told = f"{wrong[0]} has shape {theirs[wrong[0]][1]}, in the base {mine[wrong[0]][1]}"
-                raise BadInput(f"{model.what}: {told} ({len(wrong)} of {len(mine)} tensors differ)")
-            wrong = [name for name in mine if theirs[name][0].is_floating_point != mine[name][0].is_floating_point]
-            if wrong:
-                raise BadInput(f"{model.what}: {wrong[0]} is {theirs[wrong[0]][0]}, in the base {mine[wrong[0]][0]}")
-        return mine
 
     # Reading
 
@@ -265,7 +232,3 @@ def _dense(name: str, shape: Shape) -> bool:
 def _width(shape: Shape) -> int:
     # A convolution's row is all that makes one output: its last dim alone has 3 entries, of which int(0.2 * 3) keeps none.
     return prod(shape[1:]) if len(shape) > 1 else prod(shape)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" ... ({len(names)} tensors)" if len(names) > 3 else "")
