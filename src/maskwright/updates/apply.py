@@ -165,4 +165,4 @@ def same_base(name: str, value: Tensor, deltas: Deltas, check: Check) -> None:
         return
     theirs = deltas.base[name]
     if quick_id(value) != theirs.quick or (check == "full" and tensor_hash(value) != theirs.full):
-        raise BadInput(f"{name}: the delta was made for another base (check='none' adds it all the same)")
+        raise BadInput(f"{name}: the delta was made for another base (--any-base, or check='none', adds it all the same)")
