@@ -155,7 +155,7 @@ class MergeJob:
 
     def _stream(self, told: dict[str, TensorReport], progress: Callable[[int, int], None]) -> None:
         sizes = {name: self.base.length(name) for name in (*self.merging.shapes, *self.left)}
-        at = sum(size for name, size in sizes.items() if name in self.folder.done)
+        total, at = sum(sizes.values()), sum(size for name, size in sizes.items() if name in self.folder.done)
         to_do = [name for name in sizes if name not in self.folder.done]
 
         def copied() -> Iterator[tuple[str, None]]:
@@ -171,7 +171,7 @@ class MergeJob:
                 told[name] = report
             self.folder.whole(name)
             at += sizes[name]
-            progress(at, sum(sizes.values()))
+            progress(at, total)
 
     def _others(self) -> None:
         source = self.paths[0]

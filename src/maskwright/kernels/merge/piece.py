@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maskwright.core.errors import BadInput
 
+# Both stand in native/ops.cpp too.
 SPAN = 1 << 15  # entries that the native passes read and work on at a time
 ENDED = "a file ended while it was read"
 

@@ -143,7 +143,7 @@ def combine(base: Tensor, tuned: Sequence[Tensor], sides: Sequence[Side], rule: 
 
 
 def total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum whose sign is elected."""
+    """The parts' sum, in their order; its sign is what is elected."""
     out = parts[0].clone()
     for part in parts[1:]:
         out.add_(part)
