@@ -18,6 +18,7 @@ from maskwright.cli.lab import lab
 from maskwright.cli.masks import app as mask
 from maskwright.cli.merge import merge
 from maskwright.cli.packing import pack, unpack
+from maskwright.cli.pretrain import pretrain
 from maskwright.cli.prune import prune
 from maskwright.cli.report import report
 from maskwright.core.errors import BadInput
@@ -32,6 +33,7 @@ app.command("prune")(prune)
 app.command("attend")(attend)
 app.command("plan")(plan)
 app.command("merge")(merge)
+app.command("pretrain")(pretrain)
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("check")(check)

@@ -1,0 +1,112 @@
+"""The backbones that `pretrain` starts from: small ones by name, a transformers folder, or any function of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskwright.core.errors import BadInput
+from maskwright.models.load import quiet
+
+Build = Callable[[int, tuple[int, int]], nn.Module]  # (channels, (height, width)) -> a backbone
+
+
+def backbone(name: str, channels: int, size: tuple[int, int], seed: int) -> nn.Module:
+    """A model with fresh weights from `seed` (a folder that holds weights keeps them).
+
+    name: small-resnet, small-convnext or small-vit (transformers' classes); a folder with a config.json; or
+    `package.module:function`, called without arguments. Raises BadInput saying what is missing.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name in SMALL:
+            return SMALL[name](channels, size)
+        if (folder := Path(name).expanduser()).is_dir():
+            return _from_folder(folder)
+        if ":" in name:
+            return _from_function(name)
+    known = ", ".join(SMALL)
+    raise BadInput(f"model {name!r}: not one of {known}, no folder, and not of the form package.module:function")
+
+
+def _resnet(channels: int, size: tuple[int, int]) -> nn.Module:
+    from transformers import ResNetConfig, ResNetModel
+
+    return ResNetModel(ResNetConfig(
+        num_channels=channels, embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic",
+    ))  # fmt: skip
+
+
+def _convnext(channels: int, size: tuple[int, int]) -> nn.Module:
+    from transformers import ConvNextConfig, ConvNextModel
+
+    return ConvNextModel(ConvNextConfig(
+        num_channels=channels, patch_size=4, num_stages=3, hidden_sizes=[32, 64, 128], depths=[2, 2, 2],
+    ))  # fmt: skip
+
+
+def _vit(channels: int, size: tuple[int, int]) -> nn.Module:
+    from transformers import ViTConfig, ViTModel
+
+    side = next((part for part in (size[0] // 8, 4) if part and size[0] % part == 0 == size[1] % part), 1)
+    if size[0] != size[1]:
+        raise BadInput(f"small-vit takes square images, got {size[0]} x {size[1]}: give --size")
+    return ViTModel(ViTConfig(
+        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, image_size=size[0], patch_size=side, num_channels=channels,
+    ), add_pooling_layer=False)  # fmt: skip
+
+
+SMALL: Mapping[str, Build] = {"small-resnet": _resnet, "small-convnext": _convnext, "small-vit": _vit}
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: no config.json, so it is no model folder")
+    try:
+        if any(folder.glob("*.safetensors")):
+            return AutoModel.from_pretrained(folder, local_files_only=True)
+        return AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:160]})") from None
+
+
+def _from_function(name: str) -> nn.Module:
+    where, _, what = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        function: Any = getattr(importlib.import_module(where), what)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f"model {name!r}: {' '.join(str(error).split())}") from None
+    finally:
+        sys.path.pop(0)
+    made = function()
+    if not isinstance(made, nn.Module):
+        raise BadInput(f"model {name!r}: gives a {type(made).__name__}, not a torch module")
+    return made
+
+
+def save_backbone(model: nn.Module, folder: Path, name: str) -> tuple[dict[str, str], str]:
+    """Write the backbone so that it loads without maskwright. Gives the files, what each is, and how to load it."""
+    if hasattr(model, "save_pretrained"):
+        with quiet():
+            model.save_pretrained(folder)  # type: ignore[operator]
+        plain = ", add_pooling_layer=False" if getattr(model, "pooler", 0) is None else ""  # else it is made by chance
+        files = {"config.json": "its class and sizes", "model.safetensors": "the backbone's weights"}
+        return files, f"from transformers import AutoModel\nmodel = AutoModel.from_pretrained({str(folder.name)!r}{plain})"
+    from safetensors.torch import save_file
+
+    state = {key: value.detach().contiguous().clone() for key, value in model.state_dict().items()}
+    save_file(state, folder / "backbone.safetensors", metadata={"format": "pt"})
+    made = f"{name.partition(':')[2]}()  # {name}" if ":" in name else "..."
+    lines = f"from safetensors.torch import load_file\nmodel = {made}\n"
+    lines += "model.load_state_dict(load_file('backbone.safetensors'))"
+    return {"backbone.safetensors": "the backbone's weights, under its own names"}, lines
