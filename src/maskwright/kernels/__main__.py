@@ -7,12 +7,16 @@ from collections.abc import Callable
 
 from maskwright.kernels.block_attention import ops as block_attention
 from maskwright.kernels.merge import ops as merge
+from maskwright.kernels.noise import ops as noise
 from maskwright.kernels.packed_linear import native as packed_linear
+from maskwright.kernels.scatter import ops as scatter
 
 LIBRARIES: dict[str, Callable[[], str | None]] = {
     "packed_linear": packed_linear.load,
     "block_attention": block_attention.load,
     "merge": merge.load,
+    "noise": noise.load,
+    "scatter": scatter.load,
 }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from maskwright.core.errors import BadInput
 from maskwright.core.maskset import MaskSet, tensor_hash
-from maskwright.updates.deltas import Deltas, quick_id
+from maskwright.kernels import scatter
+from maskwright.updates.deltas import Deltas, quick_id, quick_ids
 
 Term = Deltas | tuple[Deltas, float] | tuple[Deltas, MaskSet, float]
 Check = Literal["quick", "full", "none"]
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ON: WeakKeyDictionary[nn.Module, list[Added]] = WeakKeyDictionary()
+Pair = tuple[Tensor, Tensor]  # indices, values
+# By model what is on it, the last at the end: the terms of an `Added` and not itself, which would keep the model alive.
+_ON: WeakKeyDictionary[nn.Module, list[tuple[Deltas, ...]]] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -42,15 +44,15 @@ class Added:
         if not self.live:
             return
         on = _ON.get(self.model, [])
-        if on and on[-1] is not self:
+        if on and on[-1] is not self.terms:
             raise BadInput("another delta was added after this one: take that off first")
-        for target, where, values in self.old:
+        for target, where, values in reversed(self.old):  # two names may be one tensor
             if where is None:
                 target.copy_(values)
             else:
                 target.view(-1)[where] = values
         self.live, self.old = False, []
-        on.remove(self)
+        on[-1:] = []
 
 
 @torch.no_grad()
@@ -60,15 +62,18 @@ def add(model: nn.Module, *terms: Term, check: Check = "quick") -> Added:
     Sums are made in float32 and rounded once to the parameter's dtype, so the order of the terms in one call only moves the
     last bit. Tensors in a delta's `full` replace the model's. Used in a `with`, or by `undo()`, the old values come back
     bit for bit, however often. check: "quick" compares 1,024 entries of each touched tensor with the base the deltas were
-    made for, "full" all of them, "none" neither. Raises BadInput for another base, a delta that is already on, names or
-    shapes that the model lacks, a tensor replaced twice.
+    made for, "full" all of them, "none" neither. The parameters' own memory is changed, so that what shares it sees the sum;
+    where it is mapped from a file it becomes memory of this process at the same addresses, and no other thread may write to
+    it meanwhile. Raises BadInput for another base, a delta that is already on, names or shapes that the model lacks, a
+    tensor replaced twice.
     """
     parts = [_term(term) for term in terms]
     on = _ON.setdefault(model, [])
     for deltas, *_ in parts:
-        if any(deltas.key == one.key for added in on for one in added.terms):
+        if any(deltas.key == one.key for terms_on in on for one in terms_on):
             raise BadInput("this delta is already on the model: undo() it first")
     known = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    quick = _quick_ids(parts, known) if check != "none" and not on else {}
     touched: dict[str, list[tuple[Tensor, Tensor]]] = {}
     replaced: dict[str, Tensor] = {}
     for deltas, masks, factor in parts:
@@ -80,47 +85,44 @@ def add(model: nn.Module, *terms: Term, check: Check = "quick") -> Added:
         for name, delta in deltas.items():
             _fits(name, known, delta.shape)
             if not on:  # with something on already, the model is no longer the base
-                same_base(name, known[name], deltas, check)
+                same_base(name, known[name], deltas, check, quick)
             part = delta.only(masks[name]) if masks is not None and name in masks else delta
             touched.setdefault(name, []).append((part.indices, part.values * factor if factor != 1 else part.values))
     both = set(touched) & set(replaced)
     if both:
         raise BadInput(f"{min(both)} would be both added to and replaced")
-    old: list[tuple[Tensor, Tensor | None, Tensor]] = []
-    for name, pieces in touched.items():
-        target = known[name].detach()
+    targets = [known[name].detach() for name in touched]
+    for name, target in zip(touched, targets, strict=True):
         if not target.is_contiguous():
             raise BadInput(f"{name}: the parameter is not contiguous in memory")
-        old.append(_added(target, pieces))
+    old = _added(targets, list(touched.values()))
     for name, value in replaced.items():
         target = known[name].detach()
         old.append((target, None, target.clone()))
         target.copy_(value)
-    on.append(Added(model, tuple(deltas for deltas, *_ in parts), old))
-    return on[-1]
+    done = Added(model, tuple(deltas for deltas, *_ in parts), old)
+    on.append(done.terms)
+    return done
 
 
-def _added(target: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    flat = target.view(-1)
-    if len(pieces) == 1:
-        where, total = pieces[0][0].to(flat.device), pieces[0][1].to(flat.device)
-    else:
-        where, place = torch.cat([indices for indices, _ in pieces]).unique(return_inverse=True)
-        wide = torch.float64 if target.dtype == torch.float64 else torch.float32
-        total = torch.zeros(len(where), dtype=wide)
-        total.index_add_(0, place, torch.cat([values.to(wide) for _, values in pieces]))
-        where, total = where.to(flat.device), total.to(flat.device)
-    wide = torch.promote_types(torch.float32, target.dtype)
-    if target.device.type != "cpu":
-        before = flat[where]
-        flat[where] = (before.to(wide) + total.to(wide)).to(target.dtype)
-        return target, where, before
-    # numpy gathers and puts in this thread: torch wakes its pool for each of hundreds of small tensors.
-    bits, places = flat.view(_BITS[target.dtype.itemsize]).numpy(), where.numpy()
-    before = torch.from_numpy(bits[places]).view(target.dtype)
-    after = (before.to(wide) + total.to(wide)).to(target.dtype)
-    bits[places] = after.view(_BITS[target.dtype.itemsize]).numpy()
-    return target, where, before
+def _added(targets: Sequence[Tensor], pieces: Sequence[Sequence[Pair]]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    totals = [each[0] if len(each) == 1 else _total(target, each) for target, each in zip(targets, pieces, strict=True)]
+    where = [indices for indices, _ in totals]
+    return list(zip(targets, where, scatter.add(targets, where, [values for _, values in totals]), strict=True))
+
+
+def _total(target: Tensor, pieces: Sequence[Pair]) -> Pair:
+    where, place = torch.cat([indices for indices, _ in pieces]).unique(return_inverse=True)
+    wide = torch.float64 if target.dtype == torch.float64 else torch.float32
+    total = torch.zeros(len(where), dtype=wide)
+    total.index_add_(0, place, torch.cat([values.to(wide) for _, values in pieces]))
+    return where, total
+
+
+def _quick_ids(parts: Sequence[tuple[Deltas, MaskSet | None, float]], known: Mapping[str, Tensor]) -> dict[str, str]:
+    asked = dict.fromkeys(name for deltas, *_ in parts for name in deltas.base)
+    names = [name for name in asked if name in known and known[name].dtype.is_floating_point]
+    return dict(zip(names, quick_ids([known[name] for name in names]), strict=True))
 
 
 def _term(term: Term) -> tuple[Deltas, MaskSet | None, float]:
@@ -155,14 +157,16 @@ def added(name: str, value: Tensor, terms: Sequence[tuple[Deltas, float]]) -> Te
     if whole:
         return whole[0].to(value.dtype)
     if pieces:
-        _added(value, pieces)
+        _added([value], [pieces])
     return value
 
 
-def same_base(name: str, value: Tensor, deltas: Deltas, check: Check) -> None:
-    """Raise BadInput when the deltas were made for another tensor."""
+def same_base(
+    name: str, value: Tensor, deltas: Deltas, check: Check, quick: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Raise BadInput when the deltas were made for another tensor. quick: quick ids that are known already, by name."""
     if check == "none" or name not in deltas.base:
         return
     theirs = deltas.base[name]
-    if quick_id(value) != theirs.quick or (check == "full" and tensor_hash(value) != theirs.full):
+    if (quick.get(name) or quick_id(value)) != theirs.quick or (check == "full" and tensor_hash(value) != theirs.full):
         raise BadInput(f"{name}: the delta was made for another base (--any-base, or check='none', adds it all the same)")

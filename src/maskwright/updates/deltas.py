@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask
 from maskwright.core.maskset import MaskSet, tensor_hash
+from maskwright.kernels.scatter import sample
 
 Shape = tuple[int, ...]
 _SPOTS, _RUN = 16, 64
@@ -38,6 +39,13 @@ class Delta:
             low, high = int(self.indices[0]), int(self.indices[-1])
             if low < 0 or high >= prod(self.shape) or bool((self.indices[1:] <= self.indices[:-1]).any()):
                 raise BadInput(f"a delta of shape {self.shape} needs ascending indices below {prod(self.shape)}")
+
+    @staticmethod
+    def checked(shape: Shape, indices: Tensor, values: Tensor) -> Delta:
+        """Of what was checked already, as the file's kernels do for all tensors at once."""
+        made = object.__new__(Delta)
+        made.__dict__.update(shape=shape, indices=indices, values=values)
+        return made
 
     @property
     def count(self) -> int:
@@ -92,16 +100,15 @@ class BaseId:
 
 def quick_id(value: Tensor) -> str:
     """sha256 of shape and 16 runs of 64 entries spread over the tensor, 16 digits. Half precision is widened first."""
-    flat = value.detach().flatten()
-    if len(flat) <= _SPOTS * _RUN:
-        some = flat
-    else:
-        starts = torch.arange(_SPOTS) * (len(flat) - _RUN) // (_SPOTS - 1)
-        some = flat[(starts[:, None] + torch.arange(_RUN)).flatten().to(flat.device)]
-    wide = some.double() if value.dtype == torch.float64 else some.float()
-    digest = hashlib.sha256(f"{wide.dtype}{tuple(value.shape)}".encode())
-    digest.update(wide.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return quick_ids([value])[0]
+
+
+def quick_ids(values: Sequence[Tensor]) -> list[str]:
+    """`quick_id` of each."""
+    return [
+        hashlib.sha256(f"{some.dtype}{tuple(value.shape)}".encode() + some.numpy().tobytes()).hexdigest()[:16]
+        for value, some in zip(values, sample([value.detach() for value in values], _SPOTS, _RUN), strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)

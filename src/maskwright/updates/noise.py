@@ -152,6 +152,12 @@ def _chords() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     return base, slope
 
 
+@lru_cache(maxsize=1)
+def table() -> Tensor:
+    """The chords of `normal` for kernels/noise, base and slope of each segment. (segments, 2) float32; not to be changed."""
+    return torch.from_numpy(np.stack(_chords(), axis=1))
+
+
 def _length(name: str, start: int, stop: int) -> int:
     if not 0 <= start <= stop:
         raise BadInput(f"{name}: noise has entries start..stop with 0 <= start <= stop, asked for {start}..{stop}")

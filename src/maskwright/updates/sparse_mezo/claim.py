@@ -1,4 +1,4 @@
-"""Sparse MeZO's claim: a mask of density 1/4 takes about four times the dense rate, and loses nothing by it.
+"""Sparse MeZO's claim: a mask of density 1/4 takes about four times the dense rate and ends close to it.
 
 A character MLP trained on the standard library's source and then rescaled unit by unit (its function unchanged, its small
 weights now the steep ones) is adapted to prose by zeroth-order steps. Each mask has its own rate, searched on validation
@@ -8,7 +8,7 @@ So is all that worlds.py finds on MiniLM and on a ViT of the lab.
 
 import importlib.util
 import math
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -130,10 +130,14 @@ def _tuned(mask: str, octave: float, seed: int, scale: str) -> tuple[CharMlp, Lo
 
 def _searched(mask: str, seed: int, scale: str) -> dict[str, float]:
     found: dict[int, tuple[float, float]] = {}
+    replayed: list[float] = []
 
     def at(octave: int) -> float:
         if octave not in found:
-            found[octave] = _measure(_tuned(mask, octave, seed, scale)[0], scale)
+            model, log = _tuned(mask, octave, seed, scale)
+            found[octave] = _measure(model, scale)
+            if octave == START[mask]:
+                replayed.append(_replayed(log, model, seed, scale))
         return found[octave][0]
 
     full = scale == "full"  # at least five rates, two on each side of the best
@@ -143,16 +147,12 @@ def _searched(mask: str, seed: int, scale: str) -> dict[str, float]:
     bend = low - 2 * mid + high
     shift = 0.5 * (low - high) / bend if math.isfinite(bend) and bend > 0 else 0.0
     at(EQUAL)
-    return {"octave": best + shift, "loss": found[best][1], "equal_loss": found[EQUAL][1], "rates": float(len(found))}
+    told = {"octave": best + shift, "loss": found[best][1], "equal_loss": found[EQUAL][1]}
+    return {**told, "rates": float(len(found)), "replayed": replayed[0]}
 
 
-def _zeroth(mask: str):  # type: ignore[no-untyped-def]
-    return lambda seed, scale: {**_searched(mask, seed, scale), "replayed": _replayed(mask, seed, scale)}
-
-
-def _replayed(mask: str, seed: int, scale: str) -> float:
-    """1 when the log makes the trained weights again from the first ones, to the bit."""
-    model, log = _tuned(mask, START[mask], seed, scale)
+def _replayed(log: Log, model: CharMlp, seed: int, scale: str) -> float:
+    """1 when the log of all steps makes the trained weights again from the first ones, to the bit."""
     again = _model(seed, scale)
     log.replay(again)
     return float(all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)))
@@ -201,20 +201,20 @@ def _text(seed: int) -> World:
 
 
 def _images(seed: int) -> World:
-    """The lab's ViT, which knows garments and MNIST, on scikit-learn's digits set in MNIST's frame: same answers."""
+    """The lab's ViT, which knows garments and MNIST, on scikit-learn's digits in MNIST's frame; one ViT for all seeds."""
     data = images.digits()
     x, test = (F.pad(F.interpolate(p, size=(20, 20), mode="bilinear"), (4,) * 4) for p in (data.train_x, data.test_x))
     y, held = data.train_y + 10, torch.arange(len(x)) % 4 == 0  # classes 10 to 19 of the recogniser
-    return World(made(IMAGES, seed), (x[~held], y[~held]), (x[held], y[held]), (test, data.test_y + 10), 90)
+    return World(made(IMAGES, 0), (x[~held], y[~held]), (x[held], y[held]), (test, data.test_y + 10), 90)
 
 
 CLAIM = Claim(
     arms={
         "before": _before,
-        "dense": _zeroth("dense"),
-        "random": _zeroth("random"),
-        "small": _zeroth("small"),
-        "large": _zeroth("large"),  # the broken twin: the threshold turned round
+        "dense": partial(_searched, "dense"),
+        "random": partial(_searched, "random"),
+        "small": partial(_searched, "small"),
+        "large": partial(_searched, "large"),  # the broken twin: the threshold turned round
         "adamw": _adamw,
         **arms("text", _text, TEXT_START),
         **arms("vit", _images, IMAGES_START),
@@ -241,8 +241,8 @@ CLAIM = Claim(
         *effects("text", "MiniLM", TEXT_START),
         *effects("vit", "ViT", IMAGES_START),
     ),
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2, 3, 4),
     paper="LLaMA-7B, RTE: 9 points and 3.5 x the speed of MeZO (density 0.25); not expected at this scale",
-    needs=(*recogniser.NEEDS, f"lab:{IMAGES}", minilm.NEEDS, tasks.NEEDS[TEXT]),
+    needs=(*recogniser.NEEDS, minilm.NEEDS, tasks.NEEDS[TEXT]),  # no `lab:`: that makes a model for each seed
     trains=True,
 )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from maskwright.core.budget import whole
 from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask
-from maskwright.updates.noise import normal, uniform_bits
+from maskwright.kernels import noise as kernel
+from maskwright.updates.noise import normal, stream, table, uniform_bits
 from maskwright.updates.sparse_mezo.threshold import CHUNK, Threshold, Values, pieces, threshold
 from maskwright.weights.sites import matches
 
@@ -86,11 +87,19 @@ class Site:
 
         With the last, mask * (decay * w) is added too. Entries that the mask drops keep every bit.
         """
+        flat = self.flat
         if not self.count:
             return
-        room = min(CHUNK, self.parameter.numel())
+        if kernel.fits(flat):
+            bits = None if self.bits is None else torch.from_numpy(self.bits)
+            kernel.move(flat, stream(seed, self.name), table(), bits, scales, decay)
+        else:
+            self._passes(flat, seed, scales, decay)
+
+    def _passes(self, flat: Tensor, seed: int, scales: Sequence[float], decay: float) -> None:
+        """The kernel's twin, with the same bits: for other dtypes and devices, and where nothing native runs."""
+        room = min(CHUNK, len(flat))
         noise, term = torch.empty(room), torch.empty(room)
-        flat = self.flat
         for start, stop in pieces(len(flat)):
             z, part, keep = noise[: stop - start], flat[start:stop], self.keep(start, stop)
             normal(seed, self.name, start, stop, out=z)
@@ -98,7 +107,8 @@ class Site:
             for at, scale in enumerate(scales):
                 step = torch.mul(z, scale, out=term[: stop - start]).to(part.device)
                 if decay and at == len(scales) - 1:
-                    step.add_(part, alpha=decay)
+                    # Not `alpha`: torch rounds that once or twice, by the place in a vector.
+                    step.add_(part.to(step) * decay)
                 if drop is not None:
                     step.masked_fill_(drop.to(part.device), -0.0)  # x + -0.0 is x for both zeros; 0.0 would turn -0.0
                 part.add_(step)
