@@ -19,6 +19,7 @@ from maskwright.cli.masks import app as mask
 from maskwright.cli.merge import merge
 from maskwright.cli.packing import pack, unpack
 from maskwright.cli.pretrain import pretrain
+from maskwright.cli.protect import protect
 from maskwright.cli.prune import prune
 from maskwright.cli.report import report
 from maskwright.core.errors import BadInput
@@ -34,6 +35,7 @@ app.command("attend")(attend)
 app.command("plan")(plan)
 app.command("merge")(merge)
 app.command("pretrain")(pretrain)
+app.command("protect")(protect)
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("check")(check)

@@ -5,6 +5,13 @@ from maskwright.inputs.apply import hide as hide
 from maskwright.inputs.apply import masked_loss as masked_loss
 from maskwright.inputs.apply import visible as visible
 from maskwright.inputs.apply import weigh as weigh
+from maskwright.inputs.bent import Cel0 as Cel0
+from maskwright.inputs.bent import Mcp as Mcp
+from maskwright.inputs.bent import Scad as Scad
+from maskwright.inputs.coding import infer as infer
+from maskwright.inputs.coding import refit as refit
+from maskwright.inputs.dictionary import Coder as Coder
+from maskwright.inputs.dictionary import Coding as Coding
 from maskwright.inputs.method import InputMethod as InputMethod
 from maskwright.inputs.method import Learner as Learner
 from maskwright.inputs.method import Pretraining as Pretraining
@@ -12,6 +19,13 @@ from maskwright.inputs.method import Shown as Shown
 from maskwright.inputs.patches import patches as patches
 from maskwright.inputs.patches import spread as spread
 from maskwright.inputs.patches import unpatched as unpatched
+from maskwright.inputs.proximal import L0 as L0
+from maskwright.inputs.proximal import L1 as L1
+from maskwright.inputs.proximal import LHalf as LHalf
+from maskwright.inputs.proximal import Lq as Lq
+from maskwright.inputs.proximal import NonNegative as NonNegative
+from maskwright.inputs.proximal import TopK as TopK
+from maskwright.inputs.proximal import penalty as penalty
 from maskwright.inputs.regions import Regions as Regions
 from maskwright.inputs.samplers import Bands as Bands
 from maskwright.inputs.samplers import Bernoulli as Bernoulli
@@ -21,3 +35,5 @@ from maskwright.inputs.samplers import Sampler as Sampler
 from maskwright.inputs.samplers import Tubes as Tubes
 from maskwright.inputs.samplers import Views as Views
 from maskwright.inputs.samplers import salient as salient
+from maskwright.inputs.thresholded import Proximal as Proximal
+from maskwright.inputs.thresholded import Thresholded as Thresholded

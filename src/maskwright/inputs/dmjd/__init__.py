@@ -1,0 +1,3 @@
+"""DMJD."""
+
+from maskwright.inputs.dmjd.method import Dmjd as Dmjd

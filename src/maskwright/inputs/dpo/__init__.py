@@ -1,0 +1,1 @@
+from maskwright.inputs.dpo.method import Dpo as Dpo

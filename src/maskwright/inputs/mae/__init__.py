@@ -1,0 +1,3 @@
+"""MAE."""
+
+from maskwright.inputs.mae.method import Mae as Mae

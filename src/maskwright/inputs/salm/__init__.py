@@ -1,0 +1,1 @@
+from maskwright.inputs.salm.method import Salm as Salm

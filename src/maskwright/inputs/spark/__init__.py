@@ -1,0 +1,1 @@
+from maskwright.inputs.spark.method import Spark as Spark
