@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
 
-@pytest.mark.parametrize("page", ["masks.md", "training.md", "updates.md"])
+@pytest.mark.parametrize("page", ["masks.md", "training.md", "updates.md", "inputs.md"])
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     if not (DOCS / page).exists():
         pytest.skip("no docs here")
