@@ -312,6 +312,15 @@ def test_pages_follow_from_cards_readmes_and_results(tree):
     }
 
 
+def test_a_figure_that_was_not_finite_is_an_empty_cell(tree):
+    root, mezo = tree.parents[1], cards(tree)[-1]
+    (root / "README.md").write_text("<!-- rooms:begin --><!-- rooms:end -->")
+    spread = {"dense": {"loss": {"mean": None, "sd": None}}, "random": {"loss": {"mean": 1.5, "sd": 0.25}}}
+    results = put_result(tree, mezo, verdict="holds", effects=[{"name": "e", "figure": "loss"}], spread=spread)
+    page = pages(root, [room_row(card, results) for card in cards(tree)])[root / "docs/rooms/sparse_mezo.md"]
+    assert "| random | 1.5 ± 0.25 |" in page and "| dense |  |" in page
+
+
 def test_markers_must_be_there_once():
     for text in ("", "<!-- rooms:end --><!-- rooms:begin -->", "<!-- rooms:begin -->" * 2 + "<!-- rooms:end -->"):
         with pytest.raises(ValueError, match="exactly one"):

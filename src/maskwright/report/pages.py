@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maskwright.core.method import CardError
@@ -68,13 +68,17 @@ def _effects(effects: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     return [key.replace("_", " ") for key in keys], shown
 
 
+def _cell(told: Mapping[str, float | None] | None) -> str:
+    """Mean and spread; empty for a figure that the arm does not give, or that was not finite on some seed."""
+    if told is None or told["mean"] is None or told["sd"] is None:
+        return ""
+    return f"{told['mean']:.4g} ± {told['sd']:.2g}"
+
+
 def _arms(spread: dict, figures: set[str]) -> tuple[list[str], list[list[str]]]:
     """Every arm's mean and standard deviation over seeds, for the figures that some effect reads."""
     shown = sorted({name for told in spread.values() for name in told} & figures)
-    cells = [
-        [arm, *(f"{told[n]['mean']:.4g} ± {told[n]['sd']:.2g}" if n in told else "" for n in shown)]
-        for arm, told in spread.items()
-    ]
+    cells = [[arm, *(_cell(told.get(n)) for n in shown)] for arm, told in spread.items()]
     return ["arm", *shown], cells
 
 
