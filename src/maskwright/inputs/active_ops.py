@@ -7,15 +7,15 @@ Between any two functions the inactive places of a map are 0. What works place b
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maskwright.inputs.active_maps import FIRST, LAST, Maps, Space
-from maskwright.inputs.active_place import by_place, dims_of, tagged
+from maskwright.inputs.active_norms import batch_norm, group_norm, instance_norm, layer_norm, linear
+from maskwright.inputs.active_place import by_place, tagged
+from maskwright.inputs.active_pools import adaptive, avg_pool, max_pool, reduce
 
 Args = tuple[Any, ...]
 Op = Callable[[Maps, Any, Args, dict[str, Any], Tensor, Space], Any]
@@ -54,129 +54,6 @@ def _conv(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, 
 def _spread(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
     """To a map of another size."""
     return maps.put(func(*args, **kwargs), FIRST)
-
-
-def _batch_norm(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
-    """Statistics, running ones too, of the active places only."""
-    columns = maps.columns(x)
-    training = kwargs.get("training", args[5] if len(args) > 5 else False)
-    if training and columns.shape[1] < 2:
-        maps.refuse(f"{columns.shape[1]} active place in maps {tuple(x.shape)}: batch statistics need at least 2")
-    return maps.from_columns(func(columns.unsqueeze(0), *args[1:], **kwargs)[0], x)
-
-
-def _layer_norm(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
-    normed = len(kwargs["normalized_shape"] if "normalized_shape" in kwargs else args[1])
-    if max(space) >= x.ndim - normed:
-        maps.refuse(f"a norm over the places of a map {tuple(x.shape)} has no active-only form")
-    return _rows(maps, func, args, kwargs, x, space)
-
-
-def _linear(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
-    if max(space) == x.ndim - 1:
-        maps.refuse(f"a linear map over the places of a map {tuple(x.shape)} has no active-only form")
-    return _rows(maps, func, args, kwargs, x, space)
-
-
-def _rows(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
-    if x.ndim != 4 or space != LAST:
-        return maps.put(func(*args, **kwargs), space)
-    return maps.from_rows(func(maps.rows(x), *args[1:], **kwargs), x)
-
-
-def _group_norm(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
-    """Statistics of each sample and group from its active places."""
-    told = dict(zip(("num_groups", "weight", "bias", "eps"), args[1:], strict=False)) | kwargs
-    return _grouped(maps, x, told["num_groups"], told.get("weight"), told.get("bias"), told.get("eps", 1e-5))
-
-
-def _instance_norm(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
-    names = ("running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
-    told = dict(zip(names, args[1:], strict=False)) | kwargs
-    if not told.get("use_input_stats", True):
-        return maps.put(func(*args, **kwargs), space)
-    if told.get("running_mean") is not None:
-        maps.refuse("an instance norm that keeps running statistics has no active-only form")
-    return _grouped(maps, x, x.shape[1], told.get("weight"), told.get("bias"), told.get("eps", 1e-5))
-
-
-def _grouped(maps: Maps, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    active, parts = maps.over(x, FIRST).unsqueeze(1), x.unflatten(1, (groups, -1))  # (batch, groups, channels, h, w)
-    number = (maps.count(x, FIRST) * parts.shape[2]).view(-1, 1, 1, 1, 1)
-    away = torch.where(active, parts - parts.sum((2, 3, 4), keepdim=True) / number, 0)
-    out = (away * (away.square().sum((2, 3, 4), keepdim=True) / number + eps).rsqrt()).flatten(1, 2)
-    out = out if weight is None else out * weight.view(-1, 1, 1)
-    return maps.put(out if bias is None else out + bias.view(-1, 1, 1), FIRST)
-
-
-def _max_pool(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
-    """The greatest of the active places in a window.
-
-    Differs: the paper's code pools the zeros too, so that a window with negative values that crosses a border gives 0.
-    """
-    active = maps.over(x, FIRST)
-    low = torch.where(active, x, -torch.inf)
-    some = func(active.to(x.dtype), *args[1:], **kwargs) > 0
-    return maps.put(torch.where(some, func(low, *args[1:], **kwargs), 0), FIRST)
-
-
-def _avg_pool(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
-    """The mean of the active places in a window, padding counted as the layer counts it.
-
-    Differs: the paper's code divides by the whole window.
-    """
-    active = maps.over(x, FIRST).to(x.dtype)
-    share = func(active, *args[1:], **kwargs)
-    whole = func(torch.ones_like(active[:1]), *args[1:], **kwargs)
-    out = func(x, *args[1:], **kwargs) * torch.where(share > 0, whole / share, 0)
-    return maps.put(out, FIRST)
-
-
-def _adaptive(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
-    """To 1 x 1: over the active places of a sample. To a size that divides the map's: a plain pool."""
-    asked = kwargs.get("output_size", args[1] if len(args) > 1 else None)
-    sizes = (asked, asked) if not isinstance(asked, (tuple, list)) else tuple(asked)
-    height, width = (have if want is None else int(want) for want, have in zip(sizes, x.shape[2:], strict=True))
-    if kwargs.get("return_indices") or x.shape[2] % height or x.shape[3] % width:
-        maps.refuse(f"an adaptive pool of a map {tuple(x.shape)} to {height} x {width} has no active-only form")
-    peak = "max" in func.__name__
-    if (height, width) == (1, 1):
-        name, pool = ("amax", torch.amax) if peak else ("mean", torch.mean)
-        return _over_space(maps, name, pool, x, FIRST, (2, 3), {"keepdim": True})
-    window = (x.shape[2] // height, x.shape[3] // width)
-    return (_max_pool if peak else _avg_pool)(maps, F.max_pool2d if peak else F.avg_pool2d, (x, window), {}, x, space)
-
-
-def _reduce(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
-    name = func.__name__
-    at = 2 if name in ("norm", "vector_norm", "linalg_vector_norm") else 1
-    dims = kwargs["dim"] if "dim" in kwargs else args[at] if len(args) > at else None
-    over = tuple(range(x.ndim)) if dims is None else dims_of(dims, x.ndim)
-    keep = kwargs.get("keepdim", args[at + 1] if len(args) > at + 1 else False)
-    inside = [dim for dim in space if dim in over]
-    if not inside and 0 not in over:
-        gone = (lambda dim: 0) if keep else (lambda dim: sum(other < dim for other in over))
-        return maps.put(func(*args, **kwargs), (space[0] - gone(space[0]), space[1] - gone(space[1])))
-    if len(inside) != 2:
-        maps.refuse(f"{name} over dims {over} of a map {tuple(x.shape)} takes one side of its places, or the batch")
-    if name in ("mean", "amax", "amin", "all"):
-        return _over_space(maps, name, func, x, space, over, {"keepdim": keep, **kwargs, "dim": over})
-    if name in ("var", "std", "var_mean", "std_mean", "prod"):
-        maps.refuse(f"{name} over the places of a map has no active-only form")
-    return func(*args, **kwargs)  # zeros do not count in a sum, a norm, an any
-
-
-def _over_space(
-    maps: Maps, name: str, func: Any, x: Tensor, space: Space, over: tuple[int, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    kwargs = {key: value for key, value in kwargs.items() if key not in ("dim", "input")}
-    if name != "mean":
-        neutral = {"amax": -torch.inf, "amin": torch.inf, "all": True}[name]
-        return func(torch.where(maps.over(x, space), x, neutral), over, **kwargs)
-    total, number = x.sum(over, **kwargs), maps.count(x, space)
-    rest = prod(x.shape[dim] for dim in over if dim not in (0, *space))
-    number = number.sum() if 0 in over else number.view(-1, *[1] * (total.ndim - 1))
-    return total / (number * rest)
 
 
 def _moved(maps: Maps, func: Any, args: Args, kwargs: dict[str, Any], x: Tensor, space: Space) -> Any:
@@ -229,15 +106,15 @@ def _named(op: Op, names: str) -> dict[str, Op]:
 OPS: dict[str, Op] = {
     **_named(_conv, "conv2d"),
     **_named(_spread, "conv_transpose2d pixel_shuffle pixel_unshuffle"),
-    **_named(_batch_norm, "batch_norm"),
-    **_named(_layer_norm, "layer_norm rms_norm"),
-    **_named(_linear, "linear"),
-    **_named(_group_norm, "group_norm"),
-    **_named(_instance_norm, "instance_norm"),
-    **_named(_max_pool, "max_pool2d"),
-    **_named(_avg_pool, "avg_pool2d"),
-    **_named(_adaptive, "adaptive_avg_pool2d adaptive_max_pool2d"),
-    **_named(_reduce, "mean sum amax amin any all norm vector_norm linalg_vector_norm count_nonzero var std var_mean prod"),
+    **_named(batch_norm, "batch_norm"),
+    **_named(layer_norm, "layer_norm rms_norm"),
+    **_named(linear, "linear"),
+    **_named(group_norm, "group_norm"),
+    **_named(instance_norm, "instance_norm"),
+    **_named(max_pool, "max_pool2d"),
+    **_named(avg_pool, "avg_pool2d"),
+    **_named(adaptive, "adaptive_avg_pool2d adaptive_max_pool2d"),
+    **_named(reduce, "mean sum amax amin any all norm vector_norm linalg_vector_norm count_nonzero var std var_mean prod"),
     **_named(_moved, "permute transpose movedim moveaxis swapaxes swapdims"),
     **_named(_reshaped, "reshape view flatten unflatten squeeze unsqueeze"),
     **_named(_interpolate, "interpolate upsample"),

@@ -24,7 +24,7 @@ from maskwright.lab.decoder import llama
 from maskwright.lab.train import train as fit
 
 BETA, STEPS, BROWN_STEPS = 0.3, (30, 60, 90, 120), (20, 40, 60)
-LR, MASK_LR, L1, BROWN_L1 = 1e-4, 1e-2, 0.003, 0.0003
+LR, MASK_LR, L1, BROWN_L1 = 2e-3, 1e-2, 0.003, 0.0003
 PROMPTS, BROWN_PROMPTS, SAMPLES, LOOKED_AT = 2000, 600, 512, 200
 VOCABULARY, CARRIERS, PROMPT, LENGTH = 1200, 40, 4, 20  # of the Brown world
 FICTION = {"adventure", "fiction", "mystery", "romance", "science_fiction"}

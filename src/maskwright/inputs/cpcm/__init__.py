@@ -1,0 +1,1 @@
+from maskwright.inputs.cpcm.method import Cpcm as Cpcm
