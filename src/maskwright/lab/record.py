@@ -25,6 +25,7 @@ _DOCSTRING = re.compile(r'^[ \t]*[rR]?"""(?:[^\\]|\\.)*?"""[ \t]*$', re.MULTILIN
 
 # The lab's modules that only one place's claims use.
 _LAB = {
+    "inputs": ("decoder", "points"),
     "attention": ("ask", "associative", "decoder", "diffusion", "haystack", "lessons", "recall", "video"),
     "updates": ("encoder", "guides", "minilm", "recogniser", "retrieval", "tasks", "wordnet"),
 }
