@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from maskwright.cli.named import made_by
 from maskwright.core.errors import BadInput
 from maskwright.models.load import quiet
 
@@ -30,7 +28,7 @@ def backbone(name: str, channels: int, size: tuple[int, int], seed: int) -> nn.M
         if (folder := Path(name).expanduser()).is_dir():
             return _from_folder(folder)
         if ":" in name:
-            return _from_function(name)
+            return made_by(name, "model")
     known = ", ".join(SMALL)
     raise BadInput(f"model {name!r}: not one of {known}, no folder, and not of the form package.module:function")
 
@@ -77,21 +75,6 @@ def _from_folder(folder: Path) -> nn.Module:
         return AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:160]})") from None
-
-
-def _from_function(name: str) -> nn.Module:
-    where, _, what = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        function: Any = getattr(importlib.import_module(where), what)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"model {name!r}: {' '.join(str(error).split())}") from None
-    finally:
-        sys.path.pop(0)
-    made = function()
-    if not isinstance(made, nn.Module):
-        raise BadInput(f"model {name!r}: gives a {type(made).__name__}, not a torch module")
-    return made
 
 
 def save_backbone(model: nn.Module, folder: Path, name: str) -> tuple[dict[str, str], str]:

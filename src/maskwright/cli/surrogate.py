@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from typing import Any
-
 from torch import nn
 
-from maskwright.core.errors import BadInput
+from maskwright.cli.named import made_by
 
 _WIDTHS = (16, 32, 64, 64)  # after these the last one again
 
@@ -21,7 +16,7 @@ def surrogate(name: str | None, shape: tuple[int, int, int], classes: int) -> nn
     (channels, classes). Raises BadInput saying what is missing.
     """
     if name is not None:
-        return _from_function(name, shape[0], classes)
+        return made_by(name, "surrogate", shape[0], classes)
     layers: list[nn.Module] = []
     inputs, side, at = shape[0], min(shape[1:]), 0
     while at < 3 or side > 8:
@@ -29,18 +24,3 @@ def surrogate(name: str | None, shape: tuple[int, int, int], classes: int) -> nn
         layers += [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
         inputs, side, at = outputs, -(-side // stride), at + 1
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
-
-
-def _from_function(name: str, channels: int, classes: int) -> nn.Module:
-    where, _, what = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        function: Any = getattr(importlib.import_module(where), what)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"surrogate {name!r}: {' '.join(str(error).split())}") from None
-    finally:
-        sys.path.pop(0)
-    made = function(channels, classes)
-    if not isinstance(made, nn.Module):
-        raise BadInput(f"surrogate {name!r}: gives a {type(made).__name__}, not a torch module")
-    return made
