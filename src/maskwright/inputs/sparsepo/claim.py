@@ -23,8 +23,8 @@ from maskwright.lab import text
 from maskwright.lab.decoder import llama
 from maskwright.lab.train import train as fit
 
-BETA, STEPS, BROWN_STEPS = 0.3, (30, 60, 90, 120), (20, 40, 60)
-LR, MASK_LR, L1, BROWN_L1 = 2e-3, 1e-2, 0.003, 0.0003
+BETA, STEPS, BROWN_STEPS = 0.3, (30, 60, 90), (20, 40, 60)
+LR, MASK_LR, L1, BROWN_L1 = 2e-3, 1e-2, 0.003, 0.0
 PROMPTS, BROWN_PROMPTS, SAMPLES, LOOKED_AT = 2000, 600, 512, 200
 VOCABULARY, CARRIERS, PROMPT, LENGTH = 1200, 40, 4, 20  # of the Brown world
 FICTION = {"adventure", "fiction", "mystery", "romance", "science_fiction"}
@@ -135,7 +135,7 @@ def _curve(arm: str, brown: bool, seed: int, scale: str) -> tuple[list[Point], d
     """The reference's own point, then the policy's after each number of steps; what its mask looks like after the last."""
     full = scale == "full"
     world = (brown_world if brown and full else grammar_world)(seed, scale)
-    steps = (1, 2) if not full else BROWN_STEPS if brown else STEPS
+    steps = (1,) if not full else BROWN_STEPS if brown else STEPS
     attach = _method("brown" if brown and arm == "common" else arm, world, seed)
     points, looked = train(world, attach, steps, seed, lr=LR, mask_lr=MASK_LR, flip=arm == "flipped")
     return [point(world, world.reference, seed), *points], looked
@@ -147,7 +147,8 @@ def _method(arm: str, world: World, seed: int) -> Attach:
     if arm in ("dpo", "tdpo1"):
         return get("dpo")(beta=BETA, form=arm).attach  # type: ignore[no-any-return]
     method = {
-        "common": SPARSE, "flipped": SPARSE, "more_l1": replace(SPARSE, l1_u=3 * L1, l1_d=3 * L1),
+        "common": SPARSE, "flipped": replace(SPARSE, l1_u=0.0, l1_d=0.0, ceiling=4.0),
+        "more_l1": replace(SPARSE, l1_u=3 * L1, l1_d=3 * L1),
         "brown": replace(SPARSE, l1_u=BROWN_L1, l1_d=BROWN_L1), "independent": replace(SPARSE, mask="independent"),
         "mapo": SparsePo(mask="mapo", beta=BETA), "random": SparsePo(mask="random", beta=BETA),
     }[arm]  # fmt: skip
@@ -171,7 +172,9 @@ CLAIM = Claim(
     arms={
         **{name: partial(_arm, name) for name in NAMES},
         "sparsepo": partial(_arm, "common"),
-        "flipped": partial(_arm, "flipped"),  # the mask network climbs where it should descend
+        "flipped": partial(
+            _arm, "flipped"
+        ),  # the mask network climbs where it should descend, bounded so that nothing overflows
         "brown_dpo": partial(_arm, "dpo", brown=True),
         "brown_sparsepo": partial(_arm, "common", brown=True),
         "bound": _bound,
