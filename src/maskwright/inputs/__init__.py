@@ -16,9 +16,13 @@ from maskwright.inputs.method import InputMethod as InputMethod
 from maskwright.inputs.method import Learner as Learner
 from maskwright.inputs.method import Pretraining as Pretraining
 from maskwright.inputs.method import Shown as Shown
+from maskwright.inputs.pairs import Pairs as Pairs
+from maskwright.inputs.pairs import TokenWeights as TokenWeights
 from maskwright.inputs.patches import patches as patches
 from maskwright.inputs.patches import spread as spread
 from maskwright.inputs.patches import unpatched as unpatched
+from maskwright.inputs.perturbation import Ball as Ball
+from maskwright.inputs.preference import token_preference_loss as token_preference_loss
 from maskwright.inputs.proximal import L0 as L0
 from maskwright.inputs.proximal import L1 as L1
 from maskwright.inputs.proximal import LHalf as LHalf
