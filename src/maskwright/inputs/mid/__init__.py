@@ -1,0 +1,1 @@
+from maskwright.inputs.mid.method import Mid as Mid
