@@ -25,6 +25,7 @@ from maskwright.core.errors import BadInput
 from maskwright.lab.record import machine, resident_bytes, versions
 from maskwright.lab.text import text_hash, topics_split
 from maskwright.models.evaluate import loss, read_text, sample, windows
+from maskwright.models.folder import publish, vacant
 from maskwright.models.load import Source, files_hash, find, load, read_in
 from maskwright.models.save import save
 from maskwright.report.model_card import model_card
@@ -58,10 +59,8 @@ class Job:
     def open(self) -> None:
         """Check the folders, find and load the model, cut the texts. Raises BadInput before any long work."""
         recipe = self.recipe
-        if self.out.exists() and not recipe.replace and not recipe.dry_run:
-            raise BadInput(f"{self.out} exists; --replace overwrites it")
-        if self.work.exists() and not (recipe.resume or recipe.replace or recipe.dry_run):
-            raise BadInput(f"{self.work} holds an unfinished run; --resume goes on with it, --replace starts anew")
+        if not recipe.dry_run:
+            vacant(self.out, self.work, resume=recipe.resume, replace=recipe.replace)
         self.calibration = self._text(recipe.calibration, 0)
         self.heldout = self._text(recipe.evaluate, 1)
         start = time.perf_counter()
@@ -138,7 +137,7 @@ class Job:
         report = outcome(self, masks, results, before, after, packed)
         write(report, final)
         put(final / "README.md", model_card(report))
-        self._publish(final)
+        publish(final, self.out, self.work)
         return report
 
     @property
@@ -155,15 +154,6 @@ class Job:
             "versions": {k: v for k, v in versions().items() if k in ("maskwright", "torch", "transformers")},
             "machine": {"threads": told["threads"], "instructions": told["instructions"]},
         }
-
-    def _publish(self, final: Path) -> None:
-        old = self.out.with_name(self.out.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.out.exists():
-            self.out.rename(old)
-        final.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.work, ignore_errors=True)
 
     def _packed(self) -> dict[str, Any] | None:
         """Layers timed dense and packed; the model's speed with each in its faster form, then with all packed.

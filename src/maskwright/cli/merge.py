@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from maskwright.cli.stopping import resumable
 from maskwright.core.errors import BadInput
 
 
@@ -98,16 +99,11 @@ def _run(job: Any, dry_run: bool, as_json: bool) -> None:
     columns = (TextColumn("merging"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1)
-        try:
+        with resumable(job.folder.work):
             report = job.run(
                 lambda text: console.print(f"[dim]{text}[/dim]"),
                 lambda at, total: bar.update(task, completed=at, total=total),
             )
-        except KeyboardInterrupt:
-            typer.echo(f"stopped; go on with --resume (state in {job.folder.work})", err=True)
-            raise typer.Exit(130) from None
-        except OSError as error:
-            raise BadInput(f"{job.folder.work}: {error.strerror or error}; go on with --resume") from None
     if as_json:
         typer.echo(json.dumps(report))
         return

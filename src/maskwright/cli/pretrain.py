@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from maskwright.core.errors import BadInput
+from maskwright.cli.stopping import resumable
 
 
 def pretrain(
@@ -78,13 +78,8 @@ def pretrain(
     columns = (TextColumn("pre-training, loss {task.fields[loss]:.4f}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=steps, completed=job.training.step, loss=float("nan"))
-        try:
+        with resumable(job.work):
             report = job.run(lambda at, total, loss: bar.update(task, completed=at, loss=loss))
-        except KeyboardInterrupt:
-            typer.echo(f"stopped; go on with --resume (state in {job.work})", err=True)
-            raise typer.Exit(130) from None
-        except OSError as error:
-            raise BadInput(f"{job.work}: {error.strerror or error}; go on with --resume") from None
     if as_json:
         typer.echo(json.dumps({key: value for key, value in report.items() if key != "pictures"}))
         return

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,18 @@ from torch import Tensor
 from maskwright import __version__
 from maskwright.cli.job import free_disk
 from maskwright.cli.pretrain_models import backbone, save_backbone
+from maskwright.cli.recipe import built, found
 from maskwright.core.errors import BadInput
-from maskwright.core.method import card as card_of
 from maskwright.core.select import generator
 from maskwright.inputs import Pretraining
 from maskwright.inputs.images import open_images
 from maskwright.inputs.pretraining import Pretrain, Recipe
 from maskwright.inputs.probe import linear_probe
 from maskwright.lab.record import machine, peak_bytes, versions
-from maskwright.models.folder import apart, set_aside
+from maskwright.models.folder import apart, publish, vacant
 from maskwright.report import pretraining as page
 from maskwright.report.page import put
+from maskwright.report.picture import row_png
 from maskwright.report.pretrain_card import pretrain_card
 
 _EVERY, _HELD_OUT, _SHOWN, _BATCH = 60.0, 5, 8, 64  # seconds between states; every 5th image of a class is held out
@@ -82,6 +83,7 @@ class PretrainJob:
             grey=asked.grey,
             skip_unreadable=asked.skip_unreadable,
         )
+        self.mark = [[name, (self.images.root / name).stat().st_size] for name in self.images.names]
         if asked.out is not None:
             apart(self.out, self.images.root)
         self.held_out, self.used = self._split()
@@ -126,17 +128,14 @@ class PretrainJob:
 
     def begin(self, resume: bool, replace: bool) -> None:
         """Make or take up the folder of work. Raises BadInput when OUT or an unfinished run is in the way."""
-        if self.out.exists() and not replace:
-            raise BadInput(f"{self.out} exists; --replace overwrites it")
+        vacant(self.out, self.work, resume=resume, replace=replace)
         mark, state = self.work / "run.json", self.work / "state.safetensors"
-        if self.work.exists() and not (resume or replace):
-            raise BadInput(f"{self.work} holds an unfinished run; --resume goes on with it, --replace starts anew")
         if resume and mark.is_file():
             theirs = json.loads(mark.read_text(encoding="utf-8"))
             for key, value in self.asked.identity().items():
                 if theirs["asked"].get(key) != value:
                     raise BadInput(f"{self.work}: the unfinished run has {key} {theirs['asked'].get(key)}, now {value}")
-            if theirs["images"] != self._mark():
+            if theirs["images"] != self.mark:
                 raise BadInput(f"{self.work}: the images in {self.images.root} are not those of the unfinished run")
             if state.is_file():
                 self.training.restore(state)
@@ -150,12 +149,9 @@ class PretrainJob:
         self.work.mkdir(parents=True)
         self._keep()
 
-    def _mark(self) -> list[Any]:
-        return [[name, (self.images.root / name).stat().st_size] for name in self.images.names]
-
     def _keep(self) -> None:
         """Write the state. What was measured goes first: measurements later than what was learnt are made again."""
-        told = {"asked": self.asked.identity(), "images": self._mark(), "probes": self.probes, "seconds": self.seconds}
+        told = {"asked": self.asked.identity(), "images": self.mark, "probes": self.probes, "seconds": self.seconds}
         put(self.work / "run.json", json.dumps(told))
         if self.training.step:
             self.training.save(self.work / "state.safetensors")
@@ -207,7 +203,7 @@ class PretrainJob:
         shown = self.learner.reconstruct(
             self.images.read(some).float().div_(255), generator(self.asked.recipe.seed, "shown")
         )
-        return [page.row_png(part) for part in (shown.images, shown.hidden, shown.filled)]
+        return [row_png(part) for part in (shown.images, shown.hidden, shown.filled)]
 
     def _finish(self) -> dict[str, Any]:
         asked, labels = self.asked, self.images.labels
@@ -233,30 +229,16 @@ class PretrainJob:
         }  # fmt: skip
         page.write(report, target)
         (target / "README.md").write_text(pretrain_card(report), encoding="utf-8")
-        with set_aside(self.out) as aside:
-            aside()
-            target.rename(self.out)
-        shutil.rmtree(self.work, ignore_errors=True)
+        publish(target, self.out, self.work)
         return report
 
 
 def _method(asked: PretrainRecipe) -> tuple[Any, Pretraining]:
-    try:
-        card = card_of(asked.method)
-    except KeyError as error:
-        raise BadInput(str(error.args[0])) from None
+    card = found(asked.method)
     kind = card.load()
     if not (isinstance(kind, type) and issubclass(kind, Pretraining)):
         raise BadInput(f"{card.slug} does not pre-train on images; see maskwright list")
-    known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
-    unknown = set(asked.settings) - set(known)
-    if unknown:
-        raise BadInput(f"{card.slug} has no setting {', '.join(sorted(unknown))}; it has {', '.join(known)}")
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.settings.items()}
-    try:
-        return card, kind(**given)
-    except TypeError as error:
-        raise BadInput(f"{card.slug}: {error}") from None
+    return card, built(card, kind, asked.settings)
 
 
 def _parameters(module: torch.nn.Module) -> int:

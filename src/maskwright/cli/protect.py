@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from maskwright.cli.stopping import resumable
 from maskwright.core.errors import BadInput
 
 
@@ -67,13 +68,8 @@ def protect(
     columns = (TextColumn("protecting, surrogate's error {task.fields[error]:.3f}"), BarColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=job.run.method.rounds, completed=job.run.rounds, error=job.run.error)
-        try:
+        with resumable(job.partial):
             report = job.work(lambda at, error: bar.update(task, completed=at, error=error))
-        except KeyboardInterrupt:
-            typer.echo(f"stopped; go on with --resume (state in {job.partial})", err=True)
-            raise typer.Exit(130) from None
-        except OSError as error:
-            raise BadInput(f"{job.partial}: {error.strerror or error}; go on with --resume") from None
     if as_json:
         typer.echo(json.dumps(report))
         return

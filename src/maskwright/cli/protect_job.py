@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,12 +22,12 @@ from torch import Tensor
 from maskwright import __version__
 from maskwright.cli.job import free_disk
 from maskwright.cli.protect_card import protect_card
+from maskwright.cli.recipe import built, found
 from maskwright.cli.surrogate import surrogate
 from maskwright.core.errors import BadInput
-from maskwright.core.method import card as card_of
 from maskwright.inputs.images import open_images, told
 from maskwright.lab.record import machine, peak_bytes, versions
-from maskwright.models.folder import apart, dump, set_aside
+from maskwright.models.folder import apart, dump, publish, vacant
 
 STATE, RUN = "state.safetensors", "run.json"
 
@@ -115,11 +115,8 @@ class ProtectJob:
         """Make or take up the folder of work. Raises BadInput when OUT or an unfinished run is in the way."""
         if self.out.exists() and not self.out.is_dir():
             raise BadInput(f"{self.out} is a file; a folder is written")
-        if self.out.exists() and not replace:
-            raise BadInput(f"{self.out} exists; --replace overwrites it")
+        vacant(self.out, self.partial, resume=resume, replace=replace)
         mark, state = self.partial / RUN, self.partial / STATE
-        if self.partial.exists() and not (resume or replace):
-            raise BadInput(f"{self.partial} holds an unfinished run; --resume goes on with it, --replace starts anew")
         if resume and mark.is_file():
             theirs = json.loads(mark.read_text(encoding="utf-8"))
             for key, value in self.asked.identity().items():
@@ -155,10 +152,7 @@ class ProtectJob:
         report = self._report(made.report(), time.perf_counter() - start)
         dump(target / "report.json", report)
         (target / "README.md").write_text(protect_card(report), encoding="utf-8")
-        with set_aside(self.out) as aside:
-            aside()
-            target.rename(self.out)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        publish(target, self.out, self.partial)
         return report
 
     def _report(self, figures: dict[str, float], seconds: float) -> dict[str, Any]:
@@ -208,18 +202,8 @@ def _write(path: Path, clean: Tensor, image: Tensor, levels: int) -> None:
 
 
 def _method(asked: ProtectRecipe) -> tuple[Any, Any]:
-    try:
-        card = card_of(asked.method)
-    except KeyError as error:
-        raise BadInput(str(error.args[0])) from None
+    card = found(asked.method)
     kind = card.load()
     if not (hasattr(kind, "protect") and hasattr(kind, "start")):
         raise BadInput(f"{card.slug} does not protect images; salm does")
-    known = [each.name for each in fields(kind)]
-    unknown = set(asked.settings) - set(known)
-    if unknown:
-        raise BadInput(f"{card.slug} has no setting {', '.join(sorted(unknown))}; it has {', '.join(known)}")
-    try:
-        return card, kind(**asked.settings)
-    except TypeError as error:
-        raise BadInput(f"{card.slug}: {error}") from None
+    return card, built(card, kind, asked.settings)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from maskwright.core.errors import BadInput
+from maskwright.cli.stopping import resumable
 
 
 def prune(
@@ -64,16 +64,11 @@ def prune(
         if as_json:
             typer.echo(json.dumps(plan.__dict__))
         return
-    try:
-        report = job.run(show.progress)
-    except KeyboardInterrupt:
-        show.close()
-        typer.echo(f"stopped; go on with --resume (state in {job.work})", err=True)
-        raise typer.Exit(130) from None
-    except OSError as error:
-        show.close()
-        raise BadInput(f"{job.work}: {error.strerror or error}; go on with --resume") from None
-    show.close()
+    with resumable(job.work):
+        try:
+            report = job.run(show.progress)
+        finally:
+            show.close()
     if as_json:
         typer.echo(json.dumps(report))
     else:

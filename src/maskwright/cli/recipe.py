@@ -3,6 +3,7 @@ and the method it names."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import sys
@@ -14,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from maskwright.core.errors import BadInput
+from maskwright.core.method import Card
 from maskwright.core.method import card as card_of
 
 if TYPE_CHECKING:
@@ -147,10 +149,7 @@ def build_method(recipe: Recipe) -> OneShot:
     from maskwright.core.pattern import parse
     from maskwright.weights import OneShot
 
-    try:
-        card = card_of(recipe.method)
-    except KeyError as error:
-        raise BadInput(str(error.args[0])) from None
+    card = found(recipe.method)
     kind = card.load()
     if not (isinstance(kind, type) and issubclass(kind, OneShot)):
         raise BadInput(f"{card.slug} is a method for {card.when}, not for one-shot pruning")
@@ -172,8 +171,25 @@ def build_method(recipe: Recipe) -> OneShot:
             raise BadInput(f"unknown budget {recipe.budget!r}; known: {', '.join(BUDGETS)}")
         given["budget"] = recipe.budget
     given |= typed(kind, card.slug, recipe.settings)
+    return built(card, kind, given)  # type: ignore[no-any-return]
+
+
+def found(slug: str) -> Card:
+    """The card of a method. Raises BadInput listing the known ones."""
     try:
-        return kind(**given)
+        return card_of(slug)
+    except KeyError as error:
+        raise BadInput(str(error.args[0])) from None
+
+
+def built(card: Card, kind: type, settings: Mapping[str, Any]) -> Any:
+    """The method with its settings, lists as tuples. Raises BadInput for those it lacks and what it cannot take."""
+    known = [each.name for each in dataclasses.fields(kind)]
+    unknown = set(settings) - set(known)
+    if unknown:
+        raise BadInput(f"{card.slug} has no setting {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
     except TypeError as error:
         raise BadInput(f"{card.slug}: {error}") from None
 

@@ -79,6 +79,7 @@ class Pretrain:
         self.learner, self.images, self.read, self.recipe = learner, images, read, recipe
         self.batch = min(recipe.batch, images)
         self.losses: list[float] = []
+        self._last = -1, torch.empty(0, dtype=torch.int64)
         named = {name: p for name, p in learner.named_parameters() if p.requires_grad}
         self.names = list(named)
         decayed = [p for p in named.values() if p.ndim >= 2]
@@ -118,10 +119,16 @@ class Pretrain:
         at, chosen, missing = step * self.batch, list[Tensor](), self.batch
         while missing:
             turn, place = divmod(at, self.images)
-            order = torch.randperm(self.images, generator=generator(self.recipe.seed, f"pretrain/order/{turn}"))
-            chosen.append(order[place : place + missing])
+            chosen.append(self._order(turn)[place : place + missing])
             at, missing = at + len(chosen[-1]), missing - len(chosen[-1])
         return torch.cat(chosen)
+
+    def _order(self, turn: int) -> Tensor:
+        """The order of a pass, made once: its steps follow each other."""
+        if self._last[0] != turn:
+            rng = generator(self.recipe.seed, f"pretrain/order/{turn}")
+            self._last = turn, torch.randperm(self.images, generator=rng)
+        return self._last[1]
 
     def save(self, path: Path) -> None:
         """Write the state as one safetensors file; it appears whole or not at all."""

@@ -42,6 +42,22 @@ def apart(out: Path, source: Path) -> None:
         raise BadInput(f"{out}: lies in {source} or holds it; choose another folder to write")
 
 
+def vacant(out: Path, work: Path, *, resume: bool, replace: bool) -> None:
+    """Raise BadInput when `out`, or the folder of work of an unfinished run, is there and may not be taken."""
+    if out.exists() and not replace:
+        raise BadInput(f"{out} exists; --replace overwrites it")
+    if work.exists() and not (resume or replace):
+        raise BadInput(f"{work} holds an unfinished run; --resume goes on with it, --replace starts anew")
+
+
+def publish(made: Path, out: Path, work: Path) -> None:
+    """`made`, a finished folder inside `work`, becomes `out`; what was `out` before and the rest of `work` are gone."""
+    with set_aside(out) as aside:
+        aside()
+        made.rename(out)
+    shutil.rmtree(work, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def set_aside(out: Path) -> Iterator[Callable[[], None]]:
     """Gives what moves an `out` that is there out of the way of the new one's rename; at the end the old one is gone."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskwright.core.errors import BadInput
 from maskwright.models.checkpoint import Checkpoint, plain, some
-from maskwright.models.folder import INDEX_END, dump, set_aside
+from maskwright.models.folder import INDEX_END, dump, set_aside, vacant
 from maskwright.models.raw import CODES, DTYPES, Entry, Raw, place, raw_bytes, render
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -150,16 +150,13 @@ class Folder:
 
     def begin(self, resume: bool, replace: bool) -> None:
         """Make the work folder, or go on in it."""
-        if self.out.exists() and not replace:
-            raise BadInput(f"{self.out} exists; --replace overwrites it")
+        vacant(self.out, self.work, resume=resume, replace=replace)
         if self.work.exists() and resume and self._plan.is_file():
             theirs = json.loads(self._plan.read_text(encoding="utf-8"))
             for key, value in self.identity.items():
                 if theirs.get(key) != value:
                     raise BadInput(f"{self.work}: the unfinished run has another {key} ({theirs.get(key)}, now {value})")
             self.done = set(_lines(self._journal))
-        elif self.work.exists() and not replace and not resume:
-            raise BadInput(f"{self.work} holds an unfinished run; --resume goes on with it, --replace starts anew")
         else:
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir(parents=True)

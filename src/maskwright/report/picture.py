@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 _INK = (42, 127, 134)
+_SIDE = 96  # aimed side of each image of a row
 _EDGE = 512  # aimed length of the longer side; whole-number enlargement keeps the entries crisp
 
 
@@ -31,9 +32,16 @@ def _png(opacity: np.ndarray) -> str:
     times = max(1, _EDGE // max(height, width))
     image = Image.frombytes("P", (width, height), np.ascontiguousarray(opacity).tobytes())
     image.putpalette(_INK * 256)
-    image = image.resize((width * times, height * times), Image.Resampling.NEAREST)
+    return _encoded(image, times, transparency=bytes(range(256)), optimize=True)
+
+
+def _encoded(image: Any, times: int, **options: Any) -> str:
+    """A PIL image enlarged by a whole number, as base64 PNG."""
+    from PIL import Image
+
+    image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     out = io.BytesIO()
-    image.save(out, format="PNG", transparency=bytes(range(256)), optimize=True)
+    image.save(out, format="PNG", **options)
     return base64.b64encode(out.getvalue()).decode("ascii")
 
 
@@ -60,3 +68,16 @@ def density_png(keep: Any, block: int | tuple[int, int] = 16) -> str:
     high = np.minimum(rows, matrix.shape[0] - top)[:, None]
     wide = np.minimum(columns, matrix.shape[1] - left)[None, :]
     return _png(np.rint(255 * kept / (high * wide)).astype(np.uint8))
+
+
+def row_png(images: Any) -> str:
+    """(n, 1 or 3, height, width) values in [0, 1], cut there -> one picture of them side by side, as base64 PNG.
+
+    Takes a torch tensor.
+    """
+    from PIL import Image
+
+    count, channels, height, width = images.shape
+    strip = (images.detach().clamp(0, 1) * 255).round().byte().permute(2, 0, 3, 1).reshape(height, count * width, channels)
+    array = strip.squeeze(-1).numpy() if channels == 1 else strip.numpy()
+    return _encoded(Image.fromarray(array), max(1, _SIDE // max(height, width)))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from maskwright.report import words
 from maskwright.report.curve import curve
@@ -19,7 +16,6 @@ from maskwright.report.schema import _Method, _Part, validated
 
 FORMAT = "maskwright.pretraining"
 _POINTS = 120  # of the loss curve; more are averaged in groups
-_EDGE = 96  # aimed side of a shown image
 
 
 class _Model(_Part):
@@ -95,20 +91,6 @@ def read(path: Path) -> dict[str, Any]:
 def is_one(report: Any) -> bool:
     """Whether this is a report of `pretrain`, whole or not."""
     return isinstance(report, dict) and report.get("format") == FORMAT
-
-
-def row_png(images: Tensor) -> str:
-    """(n, 1 or 3, height, width) values in [0, 1], cut there -> one picture of them side by side, as base64 PNG."""
-    from PIL import Image
-
-    count, channels, height, width = images.shape
-    strip = (images.detach().clamp(0, 1) * 255).round().byte().permute(2, 0, 3, 1).reshape(height, count * width, channels)
-    array = strip.squeeze(-1).numpy() if channels == 1 else strip.numpy()
-    times = max(1, _EDGE // max(height, width))
-    out = io.BytesIO()
-    picture = Image.fromarray(array)
-    picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST).save(out, format="PNG")
-    return base64.b64encode(out.getvalue()).decode("ascii")
 
 
 def _thinned(losses: Sequence[float]) -> list[tuple[float, float]]:
