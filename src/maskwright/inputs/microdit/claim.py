@@ -49,7 +49,7 @@ def _side(scale: str) -> Side:
     model = MicroDit(DENSITY, 4 if full else 2, side, 6 if full else 1, head, 2 if full else 1, side, multiple=16, **PLAIN)
     width, head = (40, 20) if full else (8, 8)
     small = replace(model, width=width, mixer_width=width, head=head)
-    masked, tuned = Stage(450, DENSITY, 4e-3, warmup=30, final=0.33, clip=1.0), Stage(75, 1.0, 1.3e-3, clip=1.0)
+    masked, tuned = Stage(900, DENSITY, 4e-3, warmup=30, final=0.0, clip=1.0), Stage(100, 1.0, 1.3e-3, final=0.0, clip=1.0)
     if not full:
         masked, tuned = replace(masked, steps=2), replace(tuned, steps=1)
     return Side(x, data.train_y, (test, data.test_y[:held]), model, small, masked, tuned, 16 if full else 4)

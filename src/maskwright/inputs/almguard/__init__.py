@@ -1,0 +1,1 @@
+from maskwright.inputs.almguard.method import AlmGuard as AlmGuard
