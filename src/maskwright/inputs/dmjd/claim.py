@@ -51,7 +51,7 @@ def _task(scale: str) -> Task:
         found = fashion_mnist()
         x, held = (F.pad(part, (2, 2, 2, 2)) for part in (found.train_x[:10000], found.test_x[:2000]))
         labels = (found.train_y[:2000], found.test_y[:2000])
-        return Task((x * 255).round().to(torch.uint8), (x[:2000], labels[0]), (held, labels[1]), 4, 64, 3, 400, 64, 100)
+        return Task((x * 255).round().to(torch.uint8), (x[:2000], labels[0]), (held, labels[1]), 4, 64, 3, 1200, 64, 100)
     x = torch.rand(40, 1, 8, 8, generator=generator(0, "smoke"))
     rows = (x, torch.arange(40) % 2)
     return Task((x * 255).round().to(torch.uint8), rows, rows, 2, 8, 1, 2, 8, 2)

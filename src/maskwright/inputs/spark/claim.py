@@ -94,7 +94,7 @@ def _learner(arm: str, seed: int, scale: str) -> SparkLearner:
     if arm == TWIN:
         learner.under = _dense
     if arm != "random":
-        recipe = Recipe(steps=300 if full else 1, batch=64 if full else 4, lr=2e-3, seed=seed)
+        recipe = Recipe(steps=1000 if full else 1, batch=64 if full else 4, lr=2e-3, seed=seed)
         for _ in Pretrain(learner, len(unlabelled), lambda at: unlabelled[at], recipe).steps():
             pass
     return learner
