@@ -1,6 +1,7 @@
 """MID's claim: on photographs with correlated, signal-dependent noise, masking carries white-noise training over.
 
 Clean, noisy and test patches come from different photographs. Every arm trains as many steps; round 0 is shared.
+The arms on real frames and diffusion MRI are reported beside it, after two rounds each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from maskwright.core.method import Claim, Effect
 from maskwright.core.select import generator
-from maskwright.inputs.mid import Mid
+from maskwright.inputs.mid import Mid, real
 from maskwright.inputs.mid.rounds import Rounds, lag1
 from maskwright.lab.images import photos
 
@@ -79,11 +80,11 @@ def _patches(found: Mapping[str, object], names: tuple[str, ...], side: int, num
     return torch.stack(made).unsqueeze(1)
 
 
-def _start(density: float, seed: int, scale: str) -> Rounds:
+def _start(density: float, seed: int, scale: str, noisy: Tensor | None = None) -> Rounds:
     task = _task(seed, scale)
     masks = 1 if density == 1 else 6  # with nothing hidden, all predictions are the same
     method = Mid(density=density, steps=task.steps, batch=16 if scale == "full" else 2, masks=masks)
-    return method.start(task.clean, task.noisy, net, seed=seed)
+    return method.start(task.clean, task.noisy if noisy is None else noisy, net, seed=seed)
 
 
 @cache
@@ -107,6 +108,14 @@ def _shuffled(run: Rounds) -> None:
 
 
 def _arm(density: float, between: Callable[[Rounds], None] | None, seed: int, scale: str) -> dict[str, float]:
+    return _trained(density, between, seed, scale)[0]
+
+
+@cache
+def _trained(
+    density: float, between: Callable[[Rounds], None] | None, seed: int, scale: str
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The arm's figures, and its network after round 1."""
     run, task = _start(density, seed, scale), _task(seed, scale)
     state, bank = _first(density, seed, scale)
     run.network.load_state_dict(state)
@@ -117,9 +126,30 @@ def _arm(density: float, between: Callable[[Rounds], None] | None, seed: int, sc
             between(run)
         run.round()
         figures[f"psnr_round{run.number - 1}"] = _psnr(run, task.real, task)
+        if run.number == 2:
+            state = {name: value.clone() for name, value in run.network.state_dict().items()}
     if between is _shuffled:
         _shuffled(run)
-    return figures | _scored(run, task)
+    return figures | _scored(run, task), state
+
+
+def _real(kind: str, density: float, bank: bool, seed: int, scale: str) -> dict[str, float]:
+    """Rounds 0 and 1 on real noise, from the photographs' clean set: white noise in both, or the real noise's bank in 1."""
+    task = _task(seed, scale)
+    if scale == "full":
+        found = real.frames(seed) if kind == "frames" else real.diffusion(seed)
+    else:
+        found = real.Real(task.noisy, task.real, task.test)
+    run = _start(density, seed, scale, found.noisy)
+    # Round 0 never sees the noisy set, so the networks of white noise are those of the arms above.
+    run.network.load_state_dict(_first(density, seed, scale)[0] if bank else _trained(density, _white, seed, scale)[1])
+    run.bank, run.number = run.renewed(), 1 if bank else 2
+    if bank:
+        run.round()
+    error = found.test - found.truth
+    out = run.denoise(found.test, seed=seed)
+    told = {"psnr_before": _decibel(error), "psnr": _decibel(out - found.truth), "std_before": float(error.std())}
+    return {**told, "lag1_before": lag1(error), "removed_std": float(run.bank.std()), "removed_lag1": lag1(run.bank)}
 
 
 def _oracle(seed: int, scale: str) -> dict[str, float]:
@@ -139,7 +169,11 @@ def _scored(run: Rounds, task: Task) -> dict[str, float]:
 
 
 def _psnr(run: Rounds, y: Tensor, task: Task) -> float:
-    return float(-10 * (run.denoise(y, seed=run.seed) - task.test).square().mean().log10())
+    return _decibel(run.denoise(y, seed=run.seed) - task.test)
+
+
+def _decibel(error: Tensor) -> float:
+    return float(-10 * error.square().mean().log10())
 
 
 CLAIM = Claim(
@@ -150,6 +184,12 @@ CLAIM = Claim(
         "unmasked": partial(_arm, 1.0, None),
         "oracle": _oracle,
         "shuffled": partial(_arm, 0.25, _shuffled),
+        "frames_white": partial(_real, "frames", 1.0, False),
+        "frames_masked": partial(_real, "frames", 0.25, False),
+        "frames_mid": partial(_real, "frames", 0.25, True),
+        "mri_white": partial(_real, "mri", 1.0, False),
+        "mri_masked": partial(_real, "mri", 0.25, False),
+        "mri_mid": partial(_real, "mri", 0.25, True),
     },
     method="mid",
     twin="shuffled",
@@ -160,9 +200,19 @@ CLAIM = Claim(
         Effect("the bank's neighbours come nearer the truth", "mid", "masked", "lag1_gap", margin=0.02, higher=False),
         Effect("true noise is best", "oracle", "mid", "psnr", "quality"),
         Effect("on white noise masking only loses", "white", "masked", "psnr_white", "quality"),
+        Effect("on video frames masking carries over", "frames_masked", "frames_white", "psnr", "quality"),
+        Effect("on video frames the bank helps", "frames_mid", "frames_masked", "psnr", "quality"),
+        Effect("on diffusion MRI masking carries over", "mri_masked", "mri_white", "psnr", "quality"),
+        Effect("on diffusion MRI the bank helps", "mri_mid", "mri_masked", "psnr", "quality"),
     ),
     seeds=(0, 1, 2),
     paper="near or above earlier unsupervised denoisers on SIDD and DND (abstract; tables not seen)",
-    needs=("package:skimage", "package:sklearn"),
+    needs=(
+        "package:skimage",
+        "package:sklearn",
+        f"debian:{real.VIDEO}",
+        f"pypi:{real.DECODER}",
+        f"pypi:{real.DIFFUSION}",
+    ),
     trains=True,
 )

@@ -47,7 +47,7 @@ class Sizes:
 
 # Entries as of adapters of reduction factor 1, the paper's largest: 7 % of what is maskable.
 # Both phases of ranking are equally long, so that the first one's model is the full fine-tune of as many steps.
-FULL = Sizes((120, 8), (250, 20), adapter_entries(1, layers=4, width=128), (64, 600))
+FULL = Sizes((300, 8), (250, 20), adapter_entries(1, layers=4, width=128), (64, 600))
 SMOKE = Sizes((2, 4), (2, 5), adapter_entries(1, layers=1, width=16), (4, 10))
 
 
