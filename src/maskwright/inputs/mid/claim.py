@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from maskwright.core.method import Claim, Effect
 from maskwright.core.select import generator
-from maskwright.inputs.mid import Mid, real
+from maskwright.inputs.mid import Mid
 from maskwright.inputs.mid.rounds import Rounds, lag1
+from maskwright.lab import noisy as real
 from maskwright.lab.images import photos
 
 SIGMA = 25 / 255
