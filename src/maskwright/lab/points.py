@@ -1,4 +1,4 @@
-"""Generated rooms as point clouds, for claims about segmentation: stated rules, no real scan.
+"""Point clouds for claims about segmentation: generated rooms by stated rules, and tiles of one real scan (`scan`).
 
 A room is 4 x 4 x 2.5 m: a floor, two to four walls, and furniture at places drawn by chance: tables (a top and four legs),
 chairs (seat, back, legs), lamps (a rod and a ball), boxes. Points lie on the surfaces with 1 cm of noise. Colours say
@@ -8,13 +8,18 @@ around it.
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskwright.core.errors import BadInput
 from maskwright.core.select import generator
+from maskwright.lab.sources import SourceMissing, fetch_debian
 
 CLASSES = ("floor", "wall", "table", "chair", "lamp", "box")
 SIZE = (4.0, 4.0, 2.5)
@@ -147,3 +152,66 @@ class VoxelNet(nn.Module):
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
     return nn.Sequential(nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm3d(outputs), nn.ReLU())
+
+
+SCAN, SCAN_CLASSES = "libcgal-demo", ("ground", "vegetation", "roof")
+_FILE, _HEADER = "data/points_3/b9_training.ply", b"end_header\n"
+_ROW = [("x", "<f8"), ("y", "<f8"), ("z", "<f8"), ("colour", "u1", 3), ("label", "<i4")]
+_HEIGHT, _LEAST = 25.0, 64  # metres of height that a tile has room for; points without which a tile is left out
+
+
+@cache
+def scan() -> tuple[Tensor, Tensor]:
+    """A real scan of a piece of a town, from Debian's CGAL: coords (22300, 3) in metres from its corner, labels (22300,).
+
+    2,447 points are labelled as SCAN_CLASSES, each class in one place of the scan; the others have -1. The file's colours
+    are not given: they are the labels' own, and black without one. Raises SourceMissing without apt or network.
+    """
+    path = fetch_debian(SCAN) / "usr" / "share" / "doc" / "libcgal-dev" / "data.tar.gz"
+    try:
+        with tarfile.open(path) as tar:
+            stream = tar.extractfile(_FILE)
+            raw = b"" if stream is None else stream.read()
+        rows = np.frombuffer(raw[raw.index(_HEADER) + len(_HEADER) :], np.dtype(_ROW))
+    except (OSError, KeyError, ValueError, tarfile.TarError) as error:
+        raise SourceMissing(f"{SCAN}: {_FILE} cannot be read: {error}") from None
+    coords = np.stack([rows[axis] for axis in "xyz"], 1)
+    return torch.from_numpy((coords - coords.min(0)).astype(np.float32)), torch.from_numpy(rows["label"].astype(np.int64))
+
+
+def tiles(coords: Tensor, labels: Tensor, seed: int, side: float = 12.0, least: int = 30) -> tuple[list[Room], list[Room]]:
+    """Tiles to train on and to test on, as the fields of a chessboard of `side` metres laid over a scan where chance says.
+
+    A tile is scaled to a room's 4 m, its lowest point at height 0 and 25 m of height to 2.5 m. Its feats are the shapes of
+    the points' surroundings in the tile alone (`shapes`), so that nothing of a test tile is seen in training. The board is
+    drawn again until both halves have `least` labelled points of each class; raises BadInput after 100 draws.
+    """
+    rng, wanted = generator(seed, "tiles"), labels[labels >= 0].unique()
+    for _ in range(100):
+        cell = ((coords[:, :2] + side * torch.rand(2, generator=rng)) / side).floor().long()
+        dark = cell.sum(1) % 2
+        if all(int(((labels == kind) & (dark == half)).sum()) >= least for kind in wanted for half in (0, 1)):
+            break
+    else:
+        raise BadInput(f"no board of {side} m gives both halves {least} points of each of {len(wanted)} classes")
+    halves: tuple[list[Room], list[Room]] = ([], [])
+    for place in cell.unique(dim=0):
+        rows = (cell == place).all(1).nonzero()[:, 0]
+        if len(rows) >= _LEAST:
+            own = coords[rows]
+            corner = torch.cat([own[:, :2].amin(0), own[:, 2:].amin(0)])
+            scale = torch.tensor([SIZE[0] / side, SIZE[1] / side, SIZE[2] / _HEIGHT])
+            halves[int(place.sum()) % 2].append(Room(voxelised((own - corner) * scale), shapes(own), labels[rows]))
+    return halves
+
+
+def shapes(coords: Tensor, neighbours: int = 8) -> Tensor:
+    """(n, 3) in [-0.5, 0.5] of the nearest `neighbours` of each point, itself with them: how much they lie on a line, how
+    much they fill space, and how steep their plane is. From the eigenvalues l1 >= l2 >= l3 of their covariance:
+    (l1 - l2) / l1, l3 / l1, 1 - |third vector's height|, each less 0.5."""
+    near = coords[torch.cdist(coords, coords).topk(neighbours, largest=False).indices].double()
+    centred = near - near.mean(1, keepdim=True)
+    values, vectors = torch.linalg.eigh(centred.transpose(1, 2) @ centred)
+    third, second, first = values.clamp(min=0).unbind(1)
+    first = first.clamp(min=1e-9)
+    return (torch.stack([(first - second) / first, third / first, 1 - vectors[:, 2, 0].abs()], 1) - 0.5).float()
