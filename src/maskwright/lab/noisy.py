@@ -5,8 +5,6 @@ Both give noisy patches of one part, and other noisy patches with their truth, f
 
 from __future__ import annotations
 
-import gzip
-import struct
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.core.errors import BadInput
 from maskwright.core.select import generator
 from maskwright.lab.sources import SourceMissing, fetch_debian, fetch_pypi
+from maskwright.lab.volumes import volume
 
 VIDEO, DECODER, DIFFUSION = "opencv-doc", "imageio-ffmpeg==0.6.0", "dipy==1.12.1"
 _ROWS, _COLUMNS, _STEP = 576, 768, 8  # of vtest.avi; every eighth of its 795 frames
@@ -96,12 +94,4 @@ def _video() -> Tensor:
 @cache
 def _slices() -> Tensor:
     """(12, 96, 96): the diffusion-weighted images of DIPY's slice; its first two, b = 0, are left out."""
-    path = fetch_pypi(DIFFUSION) / "dipy/data/files/test_piesno.nii.gz"
-    try:
-        raw = gzip.decompress(path.read_bytes())
-        if struct.unpack_from("<4h", raw, 40) != (3, 96, 96, 14) or struct.unpack_from("<h", raw, 70) != (64,):
-            raise ValueError("not the slice of 96 x 96 x 14 float64")
-        values = np.frombuffer(raw, "<f8", 96 * 96 * 14, int(struct.unpack_from("<f", raw, 108)[0]))
-    except (OSError, EOFError, ValueError, struct.error) as error:
-        raise BadInput(f"{path}: {error}") from None
-    return torch.from_numpy(values.reshape(96, 96, 14, order="F").astype(np.float32)[:, :, 2:].copy()).permute(2, 0, 1)
+    return volume(fetch_pypi(DIFFUSION) / "dipy/data/files/test_piesno.nii.gz")[:, :, 2:].permute(2, 0, 1)

@@ -199,9 +199,8 @@ def tiles(coords: Tensor, labels: Tensor, seed: int, side: float = 12.0, least: 
         rows = (cell == place).all(1).nonzero()[:, 0]
         if len(rows) >= _LEAST:
             own = coords[rows]
-            corner = torch.cat([own[:, :2].amin(0), own[:, 2:].amin(0)])
             scale = torch.tensor([SIZE[0] / side, SIZE[1] / side, SIZE[2] / _HEIGHT])
-            halves[int(place.sum()) % 2].append(Room(voxelised((own - corner) * scale), shapes(own), labels[rows]))
+            halves[int(place.sum()) % 2].append(Room(voxelised((own - own.amin(0)) * scale), shapes(own), labels[rows]))
     return halves
 
 

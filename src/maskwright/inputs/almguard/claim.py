@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +219,7 @@ def _recognised(delta: Tensor, scale: str) -> dict[str, float]:
 
 
 def _half(seed: int, scale: str) -> dict[str, float]:
-    none: Any = _arm("none", seed, scale)
+    none = _arm("none", seed, scale)
     return {"attack": none["attack"] / 2, "unseen": none["unseen"] / 2, "refused": none["refused"] + 0.1}
 
 
@@ -244,7 +244,7 @@ CLAIM = Claim(
                higher=False),
         Effect("the paper's share of bins trades better than all", "fewer", "all", "trade", "quality"),
     ),
-    seeds=(0, 1, 2, 3, 4),
     paper="jailbreaks succeed in 4.6% of cases over four models, utility comparable (abstract; tables not seen)",
     needs=(f"pypi:{WHISPER}", f"debian:{PROMPTS}"),
+    trains=True,
 )  # fmt: skip

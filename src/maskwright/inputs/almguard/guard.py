@@ -16,6 +16,7 @@ from torch import Tensor
 from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask
 from maskwright.core.pattern import Unstructured
+from maskwright.core.store import replacing
 
 _NAMES = ("safety", "utility", "keep", "delta")
 
@@ -56,10 +57,11 @@ class Guard:
         return features + self.delta.repeat(1, 1, -(-frames // have))[:, :, :frames].to(features)
 
     def save(self, path: Path) -> None:
-        """One .safetensors: both averaged gradients, the mask and delta."""
+        """One .safetensors, which appears whole or not at all: both averaged gradients, the mask and delta."""
         tensors = dict(zip(_NAMES, (self.safety, self.utility, self.mask.keep, self.delta), strict=True))
         told = {"made_by": json.dumps(dict(self.made_by), sort_keys=True), "skipped": str(self.skipped)}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path, told)
+        with replacing(path) as partial:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, partial, told)
 
     @staticmethod
     def load(path: Path) -> Guard:

@@ -19,7 +19,7 @@ from maskwright.core.method import Claim, Effect
 from maskwright.core.select import generator
 from maskwright.inputs.mid import Mid
 from maskwright.inputs.mid.rounds import Rounds, lag1
-from maskwright.lab import noisy as real
+from maskwright.lab import noisy
 from maskwright.lab.images import photos
 
 SIGMA = 25 / 255
@@ -138,9 +138,9 @@ def _real(kind: str, density: float, bank: bool, seed: int, scale: str) -> dict[
     """Rounds 0 and 1 on real noise, from the photographs' clean set: white noise in both, or the real noise's bank in 1."""
     task = _task(seed, scale)
     if scale == "full":
-        found = real.frames(seed) if kind == "frames" else real.diffusion(seed)
+        found = noisy.frames(seed) if kind == "frames" else noisy.diffusion(seed)
     else:
-        found = real.Real(task.noisy, task.real, task.test)
+        found = noisy.Real(task.noisy, task.real, task.test)
     run = _start(density, seed, scale, found.noisy)
     # Round 0 never sees the noisy set, so the networks of white noise are those of the arms above.
     run.network.load_state_dict(_first(density, seed, scale)[0] if bank else _trained(density, _white, seed, scale)[1])
@@ -211,9 +211,9 @@ CLAIM = Claim(
     needs=(
         "package:skimage",
         "package:sklearn",
-        f"debian:{real.VIDEO}",
-        f"pypi:{real.DECODER}",
-        f"pypi:{real.DIFFUSION}",
+        f"debian:{noisy.VIDEO}",
+        f"pypi:{noisy.DECODER}",
+        f"pypi:{noisy.DIFFUSION}",
     ),
     trains=True,
 )

@@ -20,11 +20,11 @@ from maskwright.inputs.salm import Salm
 from maskwright.inputs.salm.faint import CLASSES, faint_textures
 from maskwright.inputs.salm.noise import Choose
 from maskwright.inputs.salm.released import Protected, unit
-from maskwright.inputs.salm.volumes import slices, volume
 from maskwright.inputs.samplers import Exact
 from maskwright.lab import train as loop
 from maskwright.lab.models import ResNet8, seeded
 from maskwright.lab.sources import fetch_debian, fetch_pypi
+from maskwright.lab.volumes import slices, volume
 
 TEXTILES, MRI = "conformal-clip-data==0.1.4", "mricron-data"
 # The sheet's trial: eps 16/255, 8 steps of eps / 5, about 10 rounds.

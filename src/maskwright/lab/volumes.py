@@ -1,4 +1,4 @@
-"""Slices of a NIfTI volume (.nii.gz) as small labelled images: real medical images for the claim's report."""
+"""NIfTI volumes (.nii.gz), and their slices as small labelled images: real medical images for what claims report."""
 
 from __future__ import annotations
 
