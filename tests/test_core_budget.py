@@ -335,6 +335,20 @@ def test_owl_exact_checks_of_the_sheet() -> None:
     assert all(abs(int(count.sum()) - 132) <= 1 for count in owl(0.08)(equal, 0.5).values())
 
 
+def test_owl_counts_of_unequal_blocks_come_to_the_whole_to_the_entry() -> None:
+    """The mean weighted by size is the density asked, after rounding too, however unlike the blocks are."""
+    shapes = {"0": (8, 33), "1": (8, 5), "2": (8, 301), "3": (8, 1)}
+    sites = {
+        f"{block}.{part}": units(shape, 8, facts={"outliers": float(3 * int(block) % 4), "block": int(block)})
+        for block, shape in shapes.items()
+        for part in ("q", "up")
+    }
+    size = sum(site.total for site in sites.values())
+    for density in (0.3, 1 / 3, 0.5, 0.77, 0.9):
+        for spread in (0.0, 0.05, 0.08):
+            assert total(owl(spread)(sites, density)) == whole(density, size)
+
+
 def test_owl_refuses() -> None:
     with pytest.raises(BadInput, match=r"owl asks density 1\.0.* of block b"):
         owl_densities({"a": 0.0, "b": 1.0}, {"a": 1, "b": 1}, 0.97, 0.08)

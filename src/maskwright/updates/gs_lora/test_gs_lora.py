@@ -151,11 +151,14 @@ def same(a, b):
     return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def test_without_its_terms_it_is_a_plain_lora_run():
-    """alpha = 0 and no prototypes: step for step LoRA under the same loss and seed."""
+@pytest.mark.parametrize("known", [False, True], ids=["no prototypes", "prototypes that weigh nothing"])
+def test_without_its_terms_it_is_a_plain_lora_run(known):
+    """alpha = 0 and both weights of ++ 0: step for step LoRA under the same loss and seed."""
     remain, bad = both()
     ours, plain = recogniser(), recogniser()
-    forget(ours, GsLora(rank=2, alpha=0.0, beta=0.2), remain, bad, epochs=2, lr=0.05, final_lr=0.05, seed=3)
+    centres = prototypes(ours, [*remain, *bad]) if known else None
+    method = GsLora(rank=2, alpha=0.0, beta=0.2)
+    forget(ours, method, remain, bad, epochs=2, lr=0.05, final_lr=0.05, centres=centres, seed=3)
     where = tuple(f"{n.removesuffix('.weight')}" for n in mlp_layers(plain))
     with Lora(rank=2, alpha=2.0, where=where).attach(plain, seed=3) as run:
         plain.train()
@@ -169,13 +172,21 @@ def test_without_its_terms_it_is_a_plain_lora_run():
     assert same(state(ours), state(plain))
 
 
-def test_beyond_the_bound_the_update_is_plain_fine_tuning_on_the_rest():
-    results = []
-    for method in (GsLora(rank=2, alpha=0.0, bound=1e-3), GsLora(rank=2, alpha=0.0, beta=0.0)):
-        model = net()
-        forget(model, method, *both(), epochs=2, lr=0.05)
-        results.append(state(model))
-    assert same(*results)
+@pytest.mark.parametrize("method", [GsLora(rank=2, alpha=0.0, bound=1e-3), GsLora(rank=2, alpha=0.0, beta=0.0)])
+def test_beyond_the_bound_or_without_beta_it_is_plain_fine_tuning_on_the_rest(method):
+    """Written out here, without any batch of the classes to forget."""
+    remain, bad = both()
+    ours, plain = net(), net()
+    forget(ours, method, remain, bad, epochs=2, lr=0.05, final_lr=0.05, seed=3)
+    where = tuple(f"{n.removesuffix('.weight')}" for n in mlp_layers(plain))
+    with Lora(rank=2, alpha=2.0, where=where).attach(plain, seed=3) as run:
+        optimizer = torch.optim.AdamW(run.trainable, lr=0.05, weight_decay=0.0)
+        for x, y in remain * 2:
+            optimizer.zero_grad()
+            F.cross_entropy(plain(x), y).backward()
+            optimizer.step()
+        run.merge()
+    assert same(state(ours), state(plain))
 
 
 def test_without_beta_nothing_is_forgotten_and_with_it_the_classes_go():
@@ -183,7 +194,7 @@ def test_without_beta_nothing_is_forgotten_and_with_it_the_classes_go():
     assert right(model, [0, 1]) > 0.9 and right(model, [2, 3]) > 0.9
     kept = copy.deepcopy(model)
     forget(kept, GsLora(beta=0.0), *both(), epochs=5, lr=0.02)
-    assert right(kept, [0, 1]) > 0.7
+    assert right(kept, [0, 1]) > right(model, [0, 1]) - 0.1
     told = forget(model, GsLora(alpha=1e-3, beta=0.5), *both(), epochs=25, lr=0.02)
     assert right(model, [0, 1]) < 0.25 and right(model, [2, 3]) > 0.9
     assert told.steps == 75 and set(told.terms) == {"remain", "forget", "lasso"}
@@ -199,9 +210,10 @@ def test_merged_output_equals_unmerged_and_a_fresh_pair_changes_nothing():
             optimizer.step()
         attached = model(x)
         run.merge()
-    torch.testing.assert_close(model(x), attached, rtol=1e-5, atol=1e-5)
+    merged = model(x)
+    torch.testing.assert_close(merged, attached, rtol=1e-5, atol=1e-5)
     with GsLora(rank=2).attach(model, seed=1):
-        assert torch.equal(model(x), model(x)) and torch.allclose(model(x), attached, atol=1e-5)
+        assert torch.equal(model(x), merged)
 
 
 def test_pruned_groups_are_exactly_zero_for_good_and_leave_their_weights_alone():

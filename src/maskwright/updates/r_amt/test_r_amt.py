@@ -187,6 +187,19 @@ def test_backward_is_the_formula_with_the_penalty_in_the_task_gradient_and_a_fre
         assert any(not torch.equal(x, y) for x, y in zip(*got, strict=True))
 
 
+def test_at_step_0_old_knowledge_has_nothing_to_say_and_every_gradient_is_kept():
+    model = vit()
+    with RAmt(drop_lambda=1.0, norm_weight=0.0).attach(model) as run:
+        loss, kl = losses(run, model)
+        plain = torch.autograd.grad(loss, run.trainable, retain_graph=True)
+        old = torch.autograd.grad(kl, run.trainable, retain_graph=True)
+        run.backward(loss, kl)
+        for m, a, b in zip(run.trainable, plain, old, strict=True):
+            assert b.abs().max() < 1e-6 * a.abs().max()  # 0 but for rounding
+            told = a.abs() > 1e4 * b.abs()  # elsewhere the task has no gradient either
+            assert torch.equal(m.grad[told], a[told]) and told.float().mean() > 0.9
+
+
 def test_gradients_accumulate_and_other_leaves_get_the_plain_gradient_of_the_loss():
     model, prompt = vit(), nn.Parameter(torch.zeros(1, 1, 16, 16))
     with RAmt(drop_lambda=1.0).attach(model, seed=1) as run:
