@@ -16,7 +16,7 @@ def merge(
     recipe: Annotated[
         Path | None, typer.Argument(help="A YAML recipe, ours or mergekit's (or give --base and --model).")
     ] = None,
-    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.")] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write (or the recipe's `out`).")] = None,
     base: Annotated[str | None, typer.Option(help="The model that all were tuned from.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A tuned model (repeatable).")] = None,
     method: Annotated[str | None, typer.Option(help="breadcrumbs, ties, dare, task_arithmetic, dare_ties ...")] = None,
@@ -49,8 +49,6 @@ def merge(
 
     if out is None and recipe is not None and recipe.suffix not in (".yaml", ".yml"):
         recipe, out = None, recipe  # one argument, and not a recipe
-    if out is None and not dry_run:
-        raise typer.BadParameter("say where the result goes: maskwright merge ... OUT")
     given: dict[str, Any] = {
         "base": base, "method": method, "dtype": dtype, "evaluate": evaluate, "windows": windows, "length": length,
         "seed": seed, "threads": threads, "base_only": base_only or None, "out": str(out) if out else None,
@@ -65,11 +63,15 @@ def merge(
     )
     if members:
         given["models"] = members
-    given |= {"dry_run": dry_run, "resume": resume, "replace": replace, "stats": stats, "any_tokenizer": any_tokenizer}
+    flags = {"dry_run": dry_run, "resume": resume, "replace": replace, "stats": stats, "any_tokenizer": any_tokenizer}
+    given |= {key: True for key, on in flags.items() if on}  # one that is not given leaves the recipe's
     given["command"] = command_line()
-    job = MergeJob(recipes.read(recipe, given) if recipe else recipes.make(given))
+    chosen = recipes.read(recipe, given) if recipe else recipes.make(given)
+    if not chosen.out and not chosen.dry_run:
+        raise typer.BadParameter("say where the result goes: maskwright merge ... OUT")
+    job = MergeJob(chosen)
     job.open()
-    _run(job, dry_run, as_json)
+    _run(job, chosen.dry_run, as_json)
 
 
 def _spread(members: list[dict[str, Any]], values: list[float] | None, what: str, put: Any) -> None:

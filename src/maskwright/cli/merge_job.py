@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -19,17 +18,17 @@ import torch
 from maskwright import __version__
 from maskwright.cli.job import free_disk
 from maskwright.cli.merge_recipe import DTYPES, MergeRecipe, build_methods
+from maskwright.cli.merge_scores import Scoring
+from maskwright.cli.merge_tokenizers import same_tokenizer
 from maskwright.core.errors import BadInput
 from maskwright.lab.record import machine, peak_bytes, versions
 from maskwright.models.folder import apart, copy_others, dump, kept_texts, read_object
-from maskwright.models.load import find, load
+from maskwright.models.load import find
 from maskwright.models.streams import FileTensors, Folder, refuse_pickled
 from maskwright.report.merge_card import merge_card
 from maskwright.updates import Merging
 from maskwright.updates.merging import CHUNK, SMALL
 from maskwright.updates.parts import TensorReport
-
-_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ class MergeJob:
         self.base, *self.tuned = [FileTensors(path) for path in self.paths]
         if not recipe.any_tokenizer:
             for path in self.paths[1:]:
-                _same_tokenizer(self.paths[0], path)
+                same_tokenizer(self.paths[0], path)
+        self._some_match(recipe.base_only)
         self.left = self.base.leave_out(recipe.base_only)
         for model in self.tuned:
             model.leave_out(recipe.base_only)
@@ -83,6 +83,13 @@ class MergeJob:
         inputs = {str(path): model.mark() for path, model in zip(self.paths, (self.base, *self.tuned), strict=True)}
         identity = recipe.identity() | {"version": __version__, "inputs": inputs}
         self.folder = Folder(self.out, self.base, dtypes, identity)
+        self.scoring = Scoring.of(recipe.evaluate, self.paths, recipe.windows, recipe.length) if recipe.evaluate else None
+
+    def _some_match(self, patterns: Sequence[str]) -> None:
+        names = {name for model in (self.base, *self.tuned) for name in model.shapes()}
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise BadInput(f"--base-only {pattern!r} matches no tensor of the base or of a model")
 
     def plan(self) -> MergePlan:
         """Sizes exactly, time from a trial on one tensor that is thrown away, memory from what is in flight."""
@@ -132,7 +139,7 @@ class MergeJob:
         self.folder.begin(self.recipe.resume, self.recipe.replace)
         start = time.perf_counter()
         told: dict[str, TensorReport] = {}
-        with self.folder.opened():
+        with self.folder.opened(), closing(self):  # in this order: no thread may write once the files are closed
             if self.folder.done:
                 say(f"resuming after {len(self.folder.done)} tensors")
             with self._quiet_threads():
@@ -145,12 +152,12 @@ class MergeJob:
             self.seconds["merge"] = time.perf_counter() - start
             self._others()
             report = self._report(told)
-            if self.recipe.evaluate:
-                report["quality"] = self._scores(say)
+            if self.scoring:
+                names = ["base", *(member.model for member in self.recipe.models), "merged"]
+                report["quality"] = self.scoring.scores(names, [*self.paths, self.folder.work], say)
             dump(self.folder.work / "report.json", report)
             (self.folder.work / "README.md").write_text(merge_card(report), encoding="utf-8")
             self.folder.finish()
-        self.close()
         return report
 
     def _stream(self, told: dict[str, TensorReport], progress: Callable[[int, int], None]) -> None:
@@ -204,28 +211,6 @@ class MergeJob:
             out["tensors"] = {name: asdict(report) for name, report in told.items()}
         return out
 
-    def _scores(self, say: Callable[[str], None]) -> list[dict[str, Any]]:
-        """Perplexity of each input and of the merge, one model in memory at a time."""
-        from maskwright.lab.text import text_hash, topics_split
-        from maskwright.models.evaluate import loss, read_text, windows
-        from maskwright.models.load import Source
-
-        where = str(self.recipe.evaluate)
-        text = topics_split()[1] if where == "topics" else read_text(Path(where))
-        names = ["base", *(member.model for member in self.recipe.models), "merged"]
-        out = []
-        for name, path in zip(names, [*self.paths, self.folder.work], strict=True):
-            say(f"perplexity of {name}")
-            if not path.is_dir():
-                raise BadInput(f"{path}: only a model folder with a config can be scored")
-            model, tokenizer = load(Source(path, name, str(path)))
-            if tokenizer is None or model.get_output_embeddings() is None:
-                raise BadInput(f"{path}: --evaluate measures perplexity, which needs a language model and its tokenizer")
-            found = loss(model, windows(tokenizer, text, self.recipe.windows, self.recipe.length, what=where))
-            out.append({"model": name, **found.figures(), "text": where, "sha256": text_hash(text)})
-            del model
-        return out
-
     def close(self) -> None:
         """Let go of files and threads."""
         self.pool.shutdown(cancel_futures=True)
@@ -242,29 +227,3 @@ def _resolve(model: str) -> Path:
         if path.is_file() or not (path / "config.json").is_file():
             return path
     return find(model).folder
-
-
-def _same_tokenizer(base: Path, other: Path) -> None:
-    if not (base.is_dir() and other.is_dir()):
-        return
-    for file in _TOKENIZERS:
-        mine, theirs = base / file, other / file
-        if mine.is_file() and theirs.is_file() and _words(mine) != _words(theirs):
-            raise BadInput(
-                f"{other}: its {file} differs from the base's, so a token means another thing; "
-                "--any-tokenizer merges all the same and keeps the base's"
-            )
-
-
-def _words(path: Path) -> str:
-    """What decides which token is which: of a tokenizer.json its vocabulary, merges and added tokens, else the bytes."""
-    content = path.read_bytes()
-    if path.name == "tokenizer.json":
-        try:
-            told = json.loads(content)
-            model = told["model"]
-            added = [[each["id"], each["content"]] for each in told.get("added_tokens") or []]
-            content = json.dumps([model.get("vocab"), model.get("merges"), added], sort_keys=True).encode()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            pass  # not of the known form: then its bytes must agree
-    return hashlib.sha256(content).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from maskwright.cli.recipe import checked, read_keys, typed
 from maskwright.core.errors import BadInput
 from maskwright.core.method import Card, methods
 from maskwright.core.method import card as card_of
+from maskwright.models.checkpoint import plain
 
 if TYPE_CHECKING:
     from maskwright.updates import MergeMethod
@@ -22,13 +25,16 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {  # mergekit's names for setti
     "breadcrumbs_ties": ("breadcrumbs", {"elect": True}),
 }
 _THEIRS = {"density": "density", "gamma": "drop_top", "lambda": "scale", "normalize": "normalise"}
-_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "name")
+_SWITCHES = ("normalize", "rescale", "int8_mask")  # int8_mask only saves mergekit memory
+_KEYS = (
+    "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "name",
+)  # fmt: skip
 
 
 class Member(BaseModel):
     """One tuned model: its weight, and settings that differ from the recipe's."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     model: str
     weight: float = 1.0
     settings: dict[str, Any] = {}
@@ -37,7 +43,7 @@ class Member(BaseModel):
 class MergeRecipe(BaseModel):
     """Everything a merge depends on. `settings` are fields of the method's own dataclass."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     method: str = "task_arithmetic"
     base: str = ""
     models: list[Member] = []
@@ -67,35 +73,41 @@ def read(path: Path, given: dict[str, Any]) -> MergeRecipe:
     told = read_keys(path)
     if "merge_method" in told:
         told = _from_mergekit(told, path)
-    settings = {**told.get("settings", {}), **given.pop("settings", {})}
+    settings = {**_mapping(told.get("settings"), "settings", path), **given.pop("settings", {})}
     return make({**told, **given, "settings": settings}, str(path))
 
 
 def make(values: dict[str, Any], what: str = "merge") -> MergeRecipe:
     """A checked recipe. Raises BadInput naming the first wrong key."""
-    return checked(MergeRecipe, values, what)
+    try:
+        return checked(MergeRecipe, values, what)
+    except BadInput as error:
+        raise BadInput(plain(str(error))) from None  # a key may hold a line break
 
 
 def _from_mergekit(told: dict[str, Any], path: Path) -> dict[str, Any]:
     """mergekit's keys as ours, with its own defaults. Raises BadInput for what these methods have no use for."""
-    odd = [key for key in told if key not in _KEYS]
-    if odd:
-        raise BadInput(f"{path}: {odd[0]} is not read here; of mergekit's recipes these keys are: {', '.join(_KEYS)}")
-    if told.get("tokenizer_source") not in (None, "base"):
-        raise BadInput(f"{path}: tokenizer_source {told['tokenizer_source']!r}: only the base's tokenizer is handed on")
+    _only(_KEYS, told, path, "of mergekit's recipes")
+    for key, bases in (("tokenizer_source", "base"), ("tokenizer", {"source": "base"})):
+        if told.get(key) not in (None, bases):
+            raise BadInput(f"{path}: {key} {_told(told[key])}: only the base's tokenizer is handed on")
     slug, fixed = ALIASES.get(str(told["merge_method"]), (str(told["merge_method"]), {}))
     fields = _card(slug).load().__dataclass_fields__
     common, weight = _parameters(told.get("parameters"), fields, path)
+    members = told.get("models")
+    if not isinstance(members, list | None):
+        raise BadInput(f"{path}: models: a list is needed, got {_told(members)}")
     models = []
-    for member in told.get("models") or []:
+    for member in members or []:
         if not isinstance(member, dict) or not isinstance(member.get("model"), str):
-            raise BadInput(f"{path}: models: each needs a `model`, got {member!r}")
+            raise BadInput(f"{path}: models: each needs a `model`, got {_told(member)}")
+        _only(("model", "parameters"), member, path, "of a model")
         if member["model"] == told.get("base_model"):
             continue  # mergekit lets the base stand among the models, where it adds nothing
         own, its_weight = _parameters(member.get("parameters"), fields, path)
         chosen = its_weight if its_weight is not None else weight
         if chosen is None:
-            raise BadInput(f"{path}: {member['model']} has no weight")
+            raise BadInput(f"{path}: {plain(member['model'])} has no weight")
         models.append({"model": member["model"], "weight": chosen, "settings": own})
     # Where a setting is left out, mergekit's default and not the room's.
     theirs = {"scale": 1.0, "density": 1.0, "drop_top": 0.01}
@@ -104,27 +116,54 @@ def _from_mergekit(told: dict[str, Any], path: Path) -> dict[str, Any]:
         density = each.get("density", settings.get("density", 1.0))
         if "drop_top" in fields and density + each.get("drop_top", settings["drop_top"]) > 1:
             each["drop_top"] = max(0.0, 1 - density)
-    out = {"method": slug, "base": told.get("base_model") or "", "models": models, "settings": settings}
-    dtype = told.get("out_dtype") or told.get("dtype")
-    return out | ({"dtype": dtype} if dtype else {})
+    dtype = told.get("dtype") if told.get("out_dtype") is None else told["out_dtype"]
+    out = {"method": slug, "base": told.get("base_model"), "models": models, "settings": settings, "dtype": dtype}
+    return {key: value for key, value in out.items() if value is not None}
 
 
 def _parameters(told: Any, fields: dict[str, Any], path: Path) -> tuple[dict[str, Any], float | None]:
     """(settings, weight) of one `parameters` mapping."""
     settings: dict[str, Any] = {}
     weight = None
-    for key, value in (told or {}).items():
+    for key, value in _mapping(told, "parameters", path).items():
         if isinstance(value, list | dict):
-            raise BadInput(f"{path}: {key}: a list (a gradient over layers, or filters) is not read here; give one number")
+            raise BadInput(
+                f"{path}: {plain(str(key))}: a list (a gradient over layers, or filters) is not read here; give one number"
+            )
+        if key not in ("weight", *_THEIRS, *_SWITCHES):
+            raise BadInput(f"{path}: parameter {key!r} is not known here; known: weight, {', '.join(_THEIRS)}, rescale")
+        if key in _SWITCHES and value not in (0, 1):
+            raise BadInput(f"{path}: {key}: true or false is needed, got {_told(value)}")
+        if key not in _SWITCHES and not _number(value):
+            raise BadInput(f"{path}: {key}: a finite number is needed, got {_told(value)}")
         if key == "weight":
             weight = value
         elif key == "rescale" and "rescale" in fields:
             settings["rescale"] = "density" if value else "none"
         elif key in _THEIRS and _THEIRS[key] in fields:
-            settings[_THEIRS[key]] = value
-        elif key not in ("int8_mask", "rescale", *_THEIRS):  # int8_mask only saves mergekit memory
-            raise BadInput(f"{path}: parameter {key!r} is not known here; known: weight, {', '.join(_THEIRS)}, rescale")
+            settings[_THEIRS[key]] = bool(value) if key in _SWITCHES else value
     return settings, weight
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # False for NaN, and for `yes`
+
+
+def _mapping(told: Any, key: str, path: Path) -> dict[Any, Any]:
+    """What stands under `key` of a recipe: a mapping, or nothing."""
+    if not isinstance(told, dict | None):
+        raise BadInput(f"{path}: {key}: a mapping is needed, got {_told(told)}")
+    return told or {}
+
+
+def _only(known: Sequence[str], told: Mapping[Any, Any], path: Path, what: str) -> None:
+    odd = [plain(str(key)) for key in told if key not in known]
+    if odd:
+        raise BadInput(f"{path}: {odd[0]} is not read here; {what} these keys are: {', '.join(known)}")
+
+
+def _told(value: Any) -> str:
+    return f"{value!r:.80}"
 
 
 def _card(slug: str) -> Card:

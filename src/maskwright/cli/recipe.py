@@ -3,13 +3,14 @@ and the method it names."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -41,7 +42,10 @@ _Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), _
 
 def from_yaml(text: str) -> Any:
     """Plain values from YAML text, as `safe_load` gives them but for base sixty. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Yaml)
+    try:
+        return yaml.load(text, Loader=_Yaml)
+    except (ValueError, RecursionError) as error:  # a date that is none, a number of 5,000 digits, 3,000 brackets
+        raise yaml.YAMLError(str(error)) from error
 
 
 class RuleSpec(BaseModel):
@@ -183,27 +187,45 @@ def found(slug: str) -> Card:
 
 
 def built(card: Card, kind: type, settings: Mapping[str, Any]) -> Any:
-    """The method with its settings, lists as tuples. Raises BadInput for those it lacks and what it cannot take."""
-    known = [each.name for each in dataclasses.fields(kind)]
-    unknown = set(settings) - set(known)
-    if unknown:
-        raise BadInput(f"{card.slug} has no setting {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    """The method with its settings, see `typed`. Raises BadInput for those it lacks and what it cannot take."""
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+        return kind(**typed(kind, card.slug, settings))
     except TypeError as error:
         raise BadInput(f"{card.slug}: {error}") from None
 
 
 def typed(kind: type, slug: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a method as its fields' types. Raises BadInput for one it does not have, and a value that is none."""
+    """Settings of a method as its fields' types: a list as a tuple, a whole number where any is asked, nothing else changed.
+
+    Raises BadInput for one it does not have, and naming the field and the type where a value has another.
+    """
     fields, hints = kind.__dataclass_fields__, get_type_hints(kind)  # type: ignore[attr-defined]
     out = {}
-    for key, value in settings.items():
+    for key, said in settings.items():
         if key not in fields:
             raise BadInput(f"{slug} has no setting {key!r}; it has {', '.join(fields)}")
+        value, hint = tuple(said) if isinstance(said, list) else said, hints[key]
+        # pydantic takes a config for what is no dataclass alone.
+        adapter = TypeAdapter(hint, config=None if is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True))
         try:
-            out[key] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-        except ValidationError as error:
-            said = error.errors(include_url=False, include_input=False)[0]["msg"]
-            raise BadInput(f"{slug}: {key}={value!r}: {said}") from None
+            # Not strict where a mapping makes a dataclass, and 1 and 0 are a switch's true and false.
+            lax = isinstance(value, dict) or (hint is bool and type(value) is int)
+            out[key] = adapter.validate_python(value, strict=not lax)
+        except ValidationError:
+            raise BadInput(f"{slug}: {key}: {_wanted(hint)} is needed, got {said!r:.80}") from None
     return out
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", NoneType: "null"}
+
+
+def _wanted(hint: Any) -> str:
+    """A field's type in words."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin is tuple:
+        return f"[{', '.join('...' if part is ... else _wanted(part) for part in parts)}]"
+    if origin in (Union, UnionType):
+        return " or ".join(map(_wanted, parts))
+    return "a function" if origin is Callable else _WORDS.get(hint, getattr(hint, "__name__", str(hint)))

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maskwright import __version__
+from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask, SoftMask
+
+_PLAIN: Mapping[str, tuple[type, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "str": (str, "a word"),
+}
 
 
 class InputMethod(ABC):
-    """A final frozen dataclass of a paper's settings, every one with a default. Checks its settings when made."""
+    """A final frozen dataclass of a paper's settings, every one with a default. Checks its settings when made.
+
+    Raises BadInput where a field that is annotated as plain `bool`, `int`, `float` or `str` is given anything else.
+    """
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value, (kind, words) = getattr(self, field.name), _PLAIN.get(str(field.type), (object, ""))
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind in (Integral, Real)):
+                raise BadInput(f"{type(self).__name__}: {field.name}: {words} is needed, got {value!r:.80}")
         self.validate()
 
     def validate(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskwright.core.errors import BadInput
 from maskwright.models.checkpoint import Checkpoint, plain, some
-from maskwright.models.folder import INDEX_END, dump, set_aside, vacant
+from maskwright.models.folder import INDEX_END, dump, read_object, set_aside, vacant
 from maskwright.models.raw import CODES, DTYPES, Entry, Raw, place, raw_bytes, render
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -149,14 +149,15 @@ class Folder:
         return sum(len(head) + sum(entry.nbytes for entry in entries.values()) for head, entries in self.files.values())
 
     def begin(self, resume: bool, replace: bool) -> None:
-        """Make the work folder, or go on in it."""
+        """Make the work folder, or go on in it. Raises BadInput also for an unfinished one whose plan cannot be read."""
         vacant(self.out, self.work, resume=resume, replace=replace)
         if self.work.exists() and resume and self._plan.is_file():
-            theirs = json.loads(self._plan.read_text(encoding="utf-8"))
+            theirs = self._theirs()
             for key, value in self.identity.items():
                 if theirs.get(key) != value:
                     raise BadInput(f"{self.work}: the unfinished run has another {key} ({theirs.get(key)}, now {value})")
-            self.done = set(_lines(self._journal))
+            self.done = {name for name in _lines(self._journal) if name in self._where}
+            _swap(self._journal, "".join(map(_line, sorted(self.done))))  # or the next line would join a torn one
         else:
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir(parents=True)
@@ -166,9 +167,13 @@ class Folder:
             os.pwrite(handle, head, 0)
             os.truncate(handle, len(head) + sum(entry.nbytes for entry in entries.values()))
         if not self._plan.is_file():
-            partial = self._plan.with_suffix(".new")
-            dump(partial, self.identity)
-            partial.replace(self._plan)  # last: what has a plan has its files
+            _swap(self._plan, json.dumps(self.identity))  # last: what has a plan has its files
+
+    def _theirs(self) -> dict[str, Any]:
+        try:
+            return read_object(self._plan, self._plan.read_text(encoding="utf-8", errors="replace"))
+        except BadInput as error:
+            raise BadInput(f"{error}, so the run cannot go on; --replace starts anew") from None
 
     def place(self, name: str, start: int, stop: int) -> tuple[int, int]:
         """Where entries start..stop of one tensor go: the open file, and the byte that they begin at."""
@@ -188,7 +193,7 @@ class Folder:
     def whole(self, name: str) -> None:
         """Note that a tensor is written."""
         with self._journal.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(name) + "\n")
+            handle.write(_line(name))
         self.done.add(name)
 
     @contextlib.contextmanager
@@ -223,9 +228,22 @@ class Folder:
             self.work.rename(self.out)
 
 
-def _lines(path: Path) -> list[str]:
-    """The journal's names; a last line that a kill cut off does not count."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+def _line(name: str) -> str:
+    return json.dumps(name) + "\n"
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The journal's names. A line that a kill cut off does not count: its tensor is written again."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.split("\n")[:-1]:
+        with contextlib.suppress(ValueError, RecursionError):
+            name = json.loads(line)
+            if isinstance(name, str):
+                yield name
+
+
+def _swap(path: Path, text: str) -> None:
+    """Write a file whole or not at all. What a kill leaves beside it is of one name, which the next run takes again."""
+    partial = path.with_suffix(".new")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

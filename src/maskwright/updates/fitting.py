@@ -26,7 +26,7 @@ def agreeing(parts: Sequence[Parts], weights: Sequence[float], number: int) -> N
 
 
 def same_shapes(base: Tensors, tuned: Sequence[Tensors]) -> Mapping[str, tuple[torch.dtype, Shape]]:
-    """The base's shapes and dtypes. Raises BadInput naming the first tensor of a model that does not fit them."""
+    """The base's shapes and dtypes. Raises BadInput naming the first tensors of a model that do not fit them."""
     mine = dict(base.shapes())
     for model in tuned:
         theirs = model.shapes()
@@ -35,16 +35,22 @@ def same_shapes(base: Tensors, tuned: Sequence[Tensors]) -> Mapping[str, tuple[t
             ("adds", [n for n in theirs if n not in mine]),
         ):
             if odd:
-                raise BadInput(f"{model.what}: {what} {_some(odd)}; the base is {base.what}")
-        wrong = [name for name in mine if theirs[name][1] != mine[name][1]]
-        if wrong:
-            told = f"{wrong[0]} has shape {theirs[wrong[0]][1]}, in the base {mine[wrong[0]][1]}"
-            raise BadInput(f"{model.what}: {told} ({len(wrong)} of {len(mine)} tensors differ)")
-        wrong = [name for name in mine if theirs[name][0].is_floating_point != mine[name][0].is_floating_point]
-        if wrong:
-            raise BadInput(f"{model.what}: {wrong[0]} is {theirs[wrong[0]][0]}, in the base {mine[wrong[0]][0]}")
+                more = f" ... ({len(odd)} tensors)" if len(odd) > 3 else ""
+                raise BadInput(plain(f"{model.what}: {what} {', '.join(odd[:3])}{more}; the base is {base.what}"))
+        both = [(name, theirs[name], mine[name]) for name in mine]
+        shapes = [f"{name} has shape {it[1]}, in the base {own[1]}" for name, it, own in both if it[1] != own[1]]
+        kinds = [
+            f"{name} is {it[0]}, in the base {own[0]}"
+            for name, it, own in both
+            if it[0].is_floating_point != own[0].is_floating_point
+        ]
+        for wrong in (shapes, kinds):
+            if wrong:
+                told = f"{'; '.join(wrong[:3])} ({len(wrong)} of {len(mine)} tensors differ)"
+                raise BadInput(plain(f"{model.what}: {told}"))
     return mine
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" ... ({len(names)} tensors)" if len(names) > 3 else "")
+def plain(text: str) -> str:
+    """One line without control characters: names come from files."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -20,7 +20,7 @@ from maskwright.core.errors import BadInput
 from maskwright.kernels.merge import ENDED, Keep, Piece, Side, combine
 from maskwright.updates.consensus import Elected
 from maskwright.updates.cuts import Pair, Row, each
-from maskwright.updates.fitting import agreeing, same_shapes
+from maskwright.updates.fitting import agreeing, plain, same_shapes
 from maskwright.updates.parts import MergeMethod, Place, Shape, TensorReport, Tensors
 from maskwright.updates.pieces import BASE, Pieces
 from maskwright.updates.sparsify import All, Band, Kept, Sparsify
@@ -86,7 +86,7 @@ class Merging:
         starts = tuple(start for _, start, _ in places)
         wide = self.wide(model, names)
         return Row(
-            what, starts, length, lambda i, count: self.pieces.pair(model, *places[i], count), f"{model}:{what}", wide
+            plain(what), starts, length, lambda i, count: self.pieces.pair(model, *places[i], count), f"{model}:{what}", wide
         )
 
     def wide(self, model: int, names: Sequence[str]) -> bool:
@@ -198,7 +198,7 @@ class Merging:
             try:
                 return self._merge(name, self._choices(name, pool), place, dtype or own, pool)
             except BadInput as error:
-                raise BadInput(f"{name}: {error}" if str(error) == ENDED else str(error)) from None
+                raise BadInput(f"{plain(name)}: {error}" if str(error) == ENDED else str(error)) from None
 
     def _merge(
         self, name: str, choices: Sequence[_Choice], place: Callable[[int, int], Place], dtype: torch.dtype,
@@ -213,9 +213,9 @@ class Merging:
             out = self.pieces.result(place(*pieces[chunk]), base.length, dtype)
             odd, beyond = combine(base, tuned, sides, rule, out)
             if odd:
-                raise BadInput(f"{name}: {odd} deltas are NaN or infinite")
+                raise BadInput(f"{plain(name)}: {odd} deltas are NaN or infinite")
             if beyond:
-                raise BadInput(f"{name}: {beyond} merged entries do not fit {str(dtype).removeprefix('torch.')}")
+                raise BadInput(f"{plain(name)}: {beyond} merged entries do not fit {str(dtype).removeprefix('torch.')}")
             return count(sparse(base, tuned, sides)) if self.stats else TensorReport(0, [])
 
         for told in each(pool, work, range(len(pieces))):
