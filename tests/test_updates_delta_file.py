@@ -88,6 +88,17 @@ def test_the_same_file_read_back(tmp_path):
         Deltas.load(tmp_path / "e")
 
 
+@pytest.mark.parametrize("around", [[1], {"u": "ab"[:1]}, {"u": 3}, {"u": ["a", "b", "c"]}, "u", 7])
+def test_ids_of_tensors_left_alone_that_are_none_are_refused(tmp_path, around):
+    tensors, told = saved(tmp_path / "d")
+    write(tmp_path / "e", tensors, told | {"around": {"u": ["full", "quick"]}})
+    assert Deltas.load(tmp_path / "e").base["u"].quick == "quick"
+    write(tmp_path / "e", tensors, told | {"around": around})
+    with pytest.raises(BadInput, match="not a readable delta file") as refused:
+        Deltas.load(tmp_path / "e")
+    assert "\n" not in str(refused.value)
+
+
 def mapped(path):
     """A model whose weights, 12 MiB of bf16, are mapped from a file."""
     with torch.random.fork_rng():

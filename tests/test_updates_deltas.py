@@ -13,7 +13,7 @@ from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask
 from maskwright.core.maskset import MaskSet
 from maskwright.updates import Delta, Deltas, add, delta
-from maskwright.updates.deltas import BaseId, quick_id
+from maskwright.updates.base import BaseId, quick_id
 
 
 def rng(seed=0):

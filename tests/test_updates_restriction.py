@@ -121,6 +121,15 @@ def test_names_from_the_optimiser_and_what_is_refused():
         pass
 
 
+def test_an_optimiser_without_names_is_refused_with_what_to_do():
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with pytest.raises(BadInput, match=r"restrict\(optimizer, masks, model=\.\.\.\)"), restrict(optimizer, masks_of(model)):
+        pass
+    with restrict(optimizer, masks_of(model), model=model):  # what it says to do
+        steps(model, optimizer)
+
+
 def test_without_the_rest_only_masked_entries_move():
     model = net()
     start = {name: value.clone() for name, value in model.state_dict().items()}

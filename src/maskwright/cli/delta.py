@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from maskwright.cli.stopping import writing
 from maskwright.core.errors import BadInput
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from maskwright.models.streams import FileTensors
     from maskwright.updates import Deltas
-    from maskwright.updates.cuts import Pair
 
 app = typer.Typer(no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -30,41 +26,24 @@ def make(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
     density: Annotated[float | None, typer.Option(help="Keep this share, the greatest over all tensors.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Store values as float32, bfloat16, float16.")] = None,
+    where: Annotated[list[str] | None, typer.Option(help="Only these tensors: layers.*.mlp.*, re:... (repeatable).")] = None,
     full: Annotated[list[str] | None, typer.Option(help="Tensors stored whole (pattern, repeatable).")] = None,
+    any_tokenizer: Annotated[bool, typer.Option("--any-tokenizer", help="Go on even if tokenizers differ.")] = False,
     replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
     """Store what a tuned model changed as a small file, tensor by tensor."""
-    import torch
+    from maskwright.cli.delta_job import STORED, made, opened
 
-    from maskwright.models.streams import FileTensors
-    from maskwright.updates import Deltas
-    from maskwright.updates.deltas import BaseId, Delta
-
-    if out.exists() and not replace:
-        raise BadInput(f"{out} exists; --replace overwrites it")
     if density is not None and not 0 < density <= 1:
         raise BadInput(f"density lies in (0, 1], got {density:g}")
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise BadInput(f"dtype {dtype!r} cannot be stored")
-    new, old = FileTensors(tuned), FileTensors(base)
-    whole = new.leave_out(full or [])
-    old.leave_out(full or [])
-    merging = _differences(old, new)
-    cut = merging.cut(density) if density is not None else None
-    found, ids = {}, {}
-    for name in merging.names:
-        gap = merging.gap(name)
-        kept = (gap != 0) if cut is None else (gap != 0) & cut(name, gap)
-        if bool(kept.any()):
-            where = kept.nonzero().flatten()
-            shape = merging.shapes[name][1]
-            found[name] = Delta(shape, where, gap[where])
-            ids[name] = BaseId.of(old.read(name, 0, old.length(name)).view(shape))
-    held = {name: new.read(name, 0, new.length(name)).view(new.shape(name)) for name in whole}
-    deltas = Deltas(found, held, ids, {"method": "delta", "tuned": str(tuned), "base": str(base), "density": density})
-    deltas.save(out, None if dtype is None else getattr(torch, dtype))
-    _say(deltas, out, as_json)
+    if dtype not in (None, *STORED):
+        raise BadInput(f"dtype {dtype!r} cannot be stored, only {', '.join(STORED)}")
+    new, old = opened(tuned, base, out, replace, any_tokenizer)
+    deltas = made(new, old, density=density, where=where or (), full=full or ())
+    with writing(out):
+        deltas.save(out, STORED[dtype] if dtype else None)
+        _say(deltas, out, as_json)
 
 
 @app.command("info")
@@ -87,43 +66,47 @@ def add(
     replace: Replace = False,
 ) -> None:
     """Write the base with the deltas' sum added; a negative scale takes one off."""
+    from maskwright.cli.delta_job import loaded, scaled, separate
     from maskwright.models.folder import copy_others
     from maskwright.models.streams import FileTensors, Folder
-    from maskwright.updates import Deltas
     from maskwright.updates.apply import added, same_base
 
     if len(files) < 2:
         raise typer.BadParameter("give delta files and then OUT")
-    base, out = FileTensors(model), Path(files[-1])
-    if out.resolve() == model.resolve():
-        raise BadInput(f"{out} is the base; choose another folder to write")
-    terms = []
-    for text in files[:-1]:
-        path, _, factor = text.rpartition(":")
-        scaled = bool(path) and _number(factor)
-        terms.append((Deltas.load(Path(path if scaled else text)), float(factor) if scaled else 1.0))
+    given, out = [scaled(text) for text in files[:-1]], Path(files[-1])
+    base = FileTensors(model)
+    separate(out, [model, *(raw.path for raw in base.raws), *(path for path, _ in given)])
+    if out.is_file():
+        raise BadInput(f"{out} is a file; a folder is written")
+    terms = loaded(given)
     shapes = base.shapes()
     for deltas, _ in terms:
         for name in (*deltas, *deltas.full):
             if name not in shapes:
                 raise BadInput(f"{model}: has no {name}, which a delta changes")
+        for name in deltas.base:
+            if name not in shapes and not any_base:
+                same_base(name, None, deltas, "quick")
     folder = Folder(out, base, {}, {"delta": files[:-1], "inputs": base.mark()})
-    folder.begin(False, replace)
-    with folder.opened():
+    if folder.work.exists() and not replace:
+        raise BadInput(f"{folder.work} is left of a run that was killed; --replace starts anew")
+    with writing(out):
+        folder.begin(False, replace)
         try:
-            for name in shapes:
-                value = base.read(name, 0, base.length(name)).view(shapes[name][1])
-                for deltas, _ in terms:
-                    if name in deltas and not any_base:
-                        same_base(name, value, deltas, "full" if verify else "quick")
-                folder.write(name, 0, added(name, value, terms).flatten())
-                folder.whole(name)
-        except BadInput:
-            folder.discard()
+            with folder.opened():
+                for name in shapes:
+                    value = base.read(name, 0, base.length(name)).view(shapes[name][1])
+                    for deltas, _ in terms:
+                        if not any_base:
+                            same_base(name, value, deltas, "full" if verify else "quick")
+                    folder.write(name, 0, added(name, value, terms).flatten())
+                    folder.whole(name)
+                if model.is_dir():
+                    copy_others(model, folder.work)
+                folder.finish()
+        except BaseException:
+            folder.discard()  # nothing goes on with it
             raise
-        if model.is_dir():
-            copy_others(model, folder.work)
-        folder.finish()
     typer.echo(f"{out}: {model} with {len(terms)} deltas added")
 
 
@@ -139,44 +122,9 @@ def export(
     if out.exists():
         raise BadInput(f"{out} exists")
     deltas = Deltas.load(file)
-    write_shira(out, deltas, base=base)
+    with writing(out):
+        write_shira(out, deltas, base=base)
     typer.echo(f"{out}: a SHiRA adapter of {len(deltas)} layers; PeftModel.from_pretrained(model, {str(out)!r})")
-
-
-def _number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-class _differences:
-    """tuned - base of each tensor, and the cut that keeps a share of all of them."""
-
-    def __init__(self, base: FileTensors, tuned: FileTensors) -> None:
-        from maskwright.updates import Merging
-        from maskwright.updates.task_arithmetic import TaskArithmetic
-
-        self.merging = Merging(base, [tuned], TaskArithmetic())  # refuses what does not fit, by name
-        self.names, self.shapes = self.merging.names, self.merging.shapes
-
-    def gap(self, name: str) -> Tensor:
-        from maskwright.kernels.merge import difference
-
-        return difference(*self.pair(name))
-
-    def pair(self, name: str, count: int = 0) -> Pair:
-        return self.merging.pieces.pair(0, name, 0, prod(self.shapes[name][1]), count)
-
-    def cut(self, density: float):  # type: ignore[no-untyped-def]
-        from maskwright.kernels.merge import kept
-        from maskwright.updates.cuts import Row, cuts
-
-        total, wide = sum(prod(self.shapes[name][1]) for name in self.names), self.merging.wide(0, self.names)
-        row = Row("all tensors", (0,) * len(self.names), total, lambda i, count: self.pair(self.names[i], count), wide=wide)
-        (found,) = cuts(row, (round(density * total),))
-        return lambda name, gap: kept(gap, found.keep(self.names.index(name)))
 
 
 def _say(deltas: Deltas, path: Path, as_json: bool) -> None:

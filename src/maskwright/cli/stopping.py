@@ -1,4 +1,4 @@
-"""What a resumable command does when it is stopped, or when the disk fails: one line that says how to go on."""
+"""What a command does when it is stopped, or when the disk fails: one line, which for a resumable one says how to go on."""
 
 from __future__ import annotations
 
@@ -20,4 +20,17 @@ def resumable(state: Path) -> Iterator[None]:
         typer.echo(f"stopped; go on with --resume (state in {state})", err=True)
         raise typer.Exit(130) from None
     except OSError as error:
-        raise BadInput(f"{state}: {error.strerror or error}; go on with --resume") from None
+        raise _told(state, error, "; go on with --resume") from None
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Around the work that writes `out` and cannot be resumed: an OSError is told as BadInput."""
+    try:
+        yield
+    except OSError as error:
+        raise _told(out, error) from None
+
+
+def _told(path: Path, error: OSError, then: str = "") -> BadInput:
+    return BadInput(f"{path}: {error.strerror or error}{then}")

@@ -84,7 +84,7 @@ def _against_masks(
     held = MaskSet.load(path)
     if not held:
         raise BadInput(f"{path}: the mask file names no sites")
-    names = _chosen(held, where)
+    names = chosen(held, where)
     key_of = match(names, files)
     found: dict[str, dict[str, Any]] = {}
     name_of = {key: name for name, key in key_of.items()}
@@ -105,7 +105,7 @@ def _against_pattern(files: Checkpoint, asked: Pattern, where: Sequence[str]) ->
     if not every:
         raise BadInput(f"{files.path}: holds no weight of 2 or more dims")
     rows, dense = [], 0
-    for key, _, read in files.each(_chosen(every, where)):
+    for key, _, read in files.each(chosen(every, where)):
         row = _judge(key, key, read(), asked, None, need_zero=not where)
         dense += row is None
         rows += [row] if row is not None else []
@@ -139,7 +139,8 @@ def _judge(name: str, key: str, value: Tensor, form: Pattern, dropped: Tensor | 
             "groups_over": groups, "weights_over": weights}  # fmt: skip
 
 
-def _chosen(names: Iterable[str], where: Sequence[str]) -> list[str]:
+def chosen(names: Iterable[str], where: Sequence[str]) -> list[str]:
+    """The names that one of the patterns matches; without patterns all. Raises BadInput for one that matches nothing."""
     every = list(names)
     if not where:
         return every

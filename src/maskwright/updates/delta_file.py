@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,7 +37,9 @@ _CODES = {
 
 
 def save(deltas: Deltas, path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write under a temporary name and rename. dtype: of the stored values. Raises BadInput where one would overflow it."""
+    """Write under a temporary name and rename. dtype: of the stored values. Raises BadInput where one would overflow it,
+    and OSError where the file cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     sites: list[dict[str, Any]] = []
     for name, delta in deltas.items():
@@ -58,6 +60,8 @@ def save(deltas: Deltas, path: Path, dtype: torch.dtype | None = None) -> None:
         tensors[f"{name}:full"] = value.detach().cpu().contiguous().clone()
         sites.append({"name": name, "shape": list(value.shape), "count": value.numel(), "form": "full"})
     told = {"format": FORMAT, "version": VERSION, "sites": sites, "made_by": dict(deltas.made_by)}
+    if alone := {name: [known.full, known.quick] for name, known in deltas.base.items() if name not in deltas}:
+        told["around"] = alone  # of tensors that are left alone; a maskwright that does not know the key reads the rest
     try:
         manifest = json.dumps(told, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -67,7 +71,10 @@ def save(deltas: Deltas, path: Path, dtype: torch.dtype | None = None) -> None:
     digest = _digest(manifest, tensors)
     with replacing(path) as partial:
         # One key: the library's writer puts several in a random order, and equal deltas should give equal bytes.
-        save_file(tensors, partial, metadata={"maskwright": f"{digest} {manifest}"})
+        try:
+            save_file(tensors, partial, metadata={"maskwright": f"{digest} {manifest}"})
+        except SafetensorError as error:  # its word for a missing folder or a full disk
+            raise OSError(_line(error)) from None
 
 
 def _blocks(delta: Delta) -> tuple[Tensor, Tensor]:
@@ -138,6 +145,8 @@ def _deltas(told: dict[str, Any], file: _File, found: Mapping[str, tuple[Tensor,
             ids[name] = BaseId(str(site["base"]), str(site["quick"]))
     if set(file.left) - {"nothing:values"}:
         raise BadInput(f"{min(file.left)} is not in the manifest")
+    for name, (whole, quick) in told.get("around", {}).items():
+        ids[name] = BaseId(str(whole), str(quick))
     return Deltas(out, full, ids, told["made_by"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -15,11 +14,10 @@ from torch import Tensor, nn
 
 from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask
-from maskwright.core.maskset import MaskSet, tensor_hash
-from maskwright.kernels.scatter import sample
+from maskwright.core.maskset import MaskSet
+from maskwright.updates.base import BaseId, around
 
 Shape = tuple[int, ...]
-_SPOTS, _RUN = 16, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,42 +84,23 @@ class Delta:
         return Delta(self.shape, self.indices[kept], self.values[kept])
 
 
-@dataclass(frozen=True)
-class BaseId:
-    """Which tensor a delta was made for: its full hash, and a quick one of 1,024 entries."""
-
-    full: str
-    quick: str
-
-    @staticmethod
-    def of(value: Tensor) -> BaseId:
-        return BaseId(tensor_hash(value), quick_id(value))
-
-
-def quick_id(value: Tensor) -> str:
-    """sha256 of shape and 16 runs of 64 entries spread over the tensor, 16 digits. Half precision is widened first."""
-    return quick_ids([value])[0]
-
-
-def quick_ids(values: Sequence[Tensor]) -> list[str]:
-    """`quick_id` of each."""
-    return [
-        hashlib.sha256(f"{some.dtype}{tuple(value.shape)}".encode() + some.numpy().tobytes()).hexdigest()[:16]
-        for value, some in zip(values, sample([value.detach() for value in values], _SPOTS, _RUN), strict=True)
-    ]
-
-
 @dataclass(frozen=True, eq=False)
 class Deltas(Mapping[str, Delta]):
     """Name -> Delta, with how they were made and for which base. Frozen; every operation gives new Deltas.
 
-    full: tensors that replace the base's (a head, say) instead of being added. base: name -> BaseId, as far as known.
+    full: tensors that replace the base's (a head, say) instead of being added, finite. base: name -> BaseId, as
+    far as known: of the tensors that the deltas change, or where there are none of some that they leave alone.
     """
 
     deltas: Mapping[str, Delta]
     full: Mapping[str, Tensor] = field(default_factory=dict)
     base: Mapping[str, BaseId] = field(default_factory=dict)
     made_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.full.items():
+            if count := odd(value):
+                raise BadInput(f"{name}: {count} entries of a tensor stored whole are NaN or infinite")
 
     def __getitem__(self, name: str) -> Delta:
         return self.deltas[name]
@@ -152,8 +131,8 @@ class Deltas(Mapping[str, Delta]):
     @property
     def key(self) -> str:
         """Tells two Deltas apart by what they hold (counts and sums of each tensor)."""
-        told = [(n, d.count, int(d.indices.sum()), float(d.values.sum(dtype=torch.float64))) for n, d in self.items()]
-        return repr((told, sorted(self.full)))
+        told = [(name, d.count, int(d.indices.sum()), *_sums(d.values, d.indices)) for name, d in self.items()]
+        return repr((told, [(name, *_sums(self.full[name].flatten())) for name in sorted(self.full)]))
 
     @property
     def masks(self) -> MaskSet:
@@ -229,6 +208,22 @@ class Deltas(Mapping[str, Delta]):
         return load(Path(path))
 
 
+def odd(values: Tensor) -> int:
+    """How many are NaN or infinite."""
+    return values.numel() - int(torch.isfinite(wide(values)).sum())
+
+
+def wide(values: Tensor) -> Tensor:
+    """8-bit floats, of which torch can ask little, as float32; others as they are."""
+    return values.float() if values.dtype.itemsize == 1 else values
+
+
+def _sums(values: Tensor, places: Tensor | None = None) -> tuple[float, float]:
+    # Beside the plain sum one by place: d and -d may have the same, and the same values may lie elsewhere.
+    values = values.double()
+    return float(values.sum()), float((values * (torch.arange(len(values)) if places is None else places)).sum())
+
+
 def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters and float buffers by name, tied ones once, under their first name."""
     if isinstance(model, nn.Module):
@@ -246,10 +241,13 @@ def delta(
     """tuned - base where it is not 0, float32 (float64 for float64): what `add` gives back.
 
     masks: only their sites and kept entries. full: patterns of names that are stored whole, and may lie in `tuned` alone
-    (a head). eps: differences up to it are dropped (LT-SFT: 1e-7). Raises BadInput for names or shapes that differ, and
-    for differences that are not finite.
+    (a head). eps: differences up to it are dropped (LT-SFT: 1e-7). Raises BadInput for names or shapes that differ, for
+    patterns that match nothing, and for differences or whole tensors that are not finite.
     """
     new, old = tensors_of(tuned), tensors_of(base)
+    for pattern in full:
+        if not any(fnmatchcase(name, pattern) for name in new):
+            raise BadInput(f"full {pattern!r} matches no tensor; names look like {', '.join(list(new)[:3])}")
     whole = {name: new[name].clone() for name in new if any(fnmatchcase(name, pattern) for pattern in full)}
     names = [name for name in new if name not in whole] if masks is None else list(masks)
     missing = [name for name in names if name not in old or name not in new]
@@ -271,4 +269,6 @@ def delta(
             where = changed.nonzero().flatten()
             out[name] = Delta(tuple(new[name].shape), where, gap[where])
             ids[name] = BaseId.of(old[name])
+    if whole and not out:
+        ids = {name: BaseId.of(old[name]) for name in around({n: v.shape for n, v in old.items() if n not in whole})}
     return Deltas(out, whole, ids, dict(made_by or {}))

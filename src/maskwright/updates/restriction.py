@@ -24,7 +24,7 @@ def restrict(
     entries have their old values back (weight decay and momentum move them otherwise) and optimiser state of theirs is 0.
     masks: by parameter name; names are the model's, or those of an optimiser made from `model.named_parameters()`.
     rest: whether parameters without a mask move freely (a head); False freezes them. Raises BadInput for a mask whose
-    parameter the optimiser does not hold, or of another shape.
+    parameter the optimiser does not hold, or of another shape, and where neither model nor optimiser tells names.
     """
     held = _named(optimizer, model)
     missing = [name for name in masks if name not in held]
@@ -85,6 +85,9 @@ def _named(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[st
     found: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         if "param_names" not in group:
-            raise BadInput("the optimiser knows no names: make it from model.named_parameters(), or pass the model")
+            raise BadInput(
+                "the optimiser knows no names: give the model too, restrict(optimizer, masks, model=...), "
+                "or make the optimiser from model.named_parameters()"
+            )
         found |= dict(zip(group["param_names"], group["params"], strict=True))
     return found

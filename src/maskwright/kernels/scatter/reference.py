@@ -32,10 +32,17 @@ def places(counts: Tensor, offsets: Tensor, block: int) -> Tensor:
     return torch.from_numpy(starts + offsets.numpy())
 
 
+def sampled(length: int, spots: int, run: int) -> Tensor:
+    """Which entries of a tensor of that length `sample` gives, int64 and ascending."""
+    if length <= spots * run:
+        return torch.arange(length)
+    starts = torch.arange(spots) * (length - run) // (spots - 1)
+    return (starts[:, None] + torch.arange(run)).flatten()
+
+
 def sample(value: Tensor, spots: int, run: int) -> Tensor:
     """`spots` runs of entries spread over a tensor (of a small one all), float32, or float64 for float64."""
     flat = value.detach().flatten()
     if len(flat) > spots * run:
-        starts = torch.arange(spots) * (len(flat) - run) // (spots - 1)
-        flat = flat[(starts[:, None] + torch.arange(run)).flatten().to(flat.device)]
+        flat = flat[sampled(len(flat), spots, run).to(flat.device)]
     return (flat.double() if value.dtype == torch.float64 else flat.float()).cpu().contiguous()
