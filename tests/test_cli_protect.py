@@ -8,6 +8,7 @@ import torch
 from commands import good, run
 from PIL import Image
 
+from maskwright.cli.main import main
 from maskwright.core.errors import BadInput
 from maskwright.core.select import generator
 from maskwright.inputs.salm.noise import Noise
@@ -139,6 +140,55 @@ def test_colour_size_and_an_own_surrogate(folder, tmp_path, monkeypatch):
         refused(says, folder, "--out", tmp_path / "no", "--surrogate", name, *QUICK)
 
 
+NETS = """
+import torch
+def build(channels, classes): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * 80, classes))
+def wide(channels, classes): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(81, classes))
+def few(channels, classes): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(80, 1))
+def of_one(channels): return 3
+def raising(channels, classes): raise KeyError("weights")
+class Late(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(80, 2)
+    def forward(self, x):
+        if self.training: raise RuntimeError("only for use")
+        return self.line(x.flatten(1))
+def late(channels, classes): return Late()
+"""
+
+
+def test_what_an_own_surrogate_does_wrong_is_one_line_and_leaves_nothing(folder, tmp_path, monkeypatch):
+    (tmp_path / "surrogates.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    words = (folder, "--out", tmp_path / "out", *QUICK, "--surrogate")
+    wide = "the network of surrogate 'surrogates:wide', called with (1, 2), on images of shape (1, 1, 8, 10) raises Runtime"
+    for more in ((), ("--dry-run",)):
+        refused(wide, *words, "surrogates:wide", *more)
+    refused("surrogate 'surrogates:of_one', called as of_one(1, 2), raises TypeError", *words, "surrogates:of_one")
+    refused("called as raising(1, 2), raises KeyError: 'weights'", *words, "surrogates:raising")
+    refused("gives (1, 1) for 1 images, labels go up to 1", *words, "surrogates:few")
+    refused("raises RuntimeError: only for use", *words, "surrogates:late")  # found in the first round
+    assert not (tmp_path / "out.partial").exists()
+    good("protect", *words, "surrogates:build")
+
+
+def test_a_window_that_does_not_divide_names_those_that_do(folder, tmp_path):
+    out = ("--out", tmp_path / "out", *QUICK)
+    refused("window 5 does not divide images of 8 x 10: --set window is one of 1, 2", folder, *out, "--set", "window=5")
+    refused("salm: window: a whole number is needed, got 2.5", folder, *out, "--set", "window=2.5")
+    refused("at least 1", folder, *out, "--set", "window=0")
+    good("protect", folder, *out, "--set", "window=2")
+
+
+def test_the_process_ends_with_3_and_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["maskwright", "protect", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    told = capsys.readouterr().err.strip()
+    assert stop.value.code == 3 and told == f"maskwright: {tmp_path / 'none'}: no such folder"
+
+
 def test_bad_input_is_refused_in_one_line(folder, tmp_path):
     out = ("--out", tmp_path / "out", *QUICK)
     refused("no such folder", tmp_path / "nowhere", *out)
@@ -147,7 +197,7 @@ def test_bad_input_is_refused_in_one_line(folder, tmp_path):
     refused("eps", folder, *out, "--eps", "0")
     refused("keeps none", folder, *out, "--density", "0.001")
     refused("density", folder, *out, "--density", "1.5")
-    refused("no setting speed", folder, *out, "--set", "speed=1")
+    refused("no setting 'speed'", folder, *out, "--set", "speed=1")
     refused("does not protect", folder, *out, "--method", "mae")
     refused("unknown method", folder, *out, "--method", "nothing")
     refused("lies in", folder, "--out", folder / "out", *QUICK)

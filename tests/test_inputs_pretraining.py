@@ -47,6 +47,22 @@ def test_the_loss_falls_and_every_step_is_given():
     assert len(losses) == one.step == 60 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
+def test_files_may_be_named_by_strings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = run(), run()
+    next(one.steps())
+    one.save("state.safetensors")
+    two.restore("state.safetensors")
+    assert two.step == 1
+
+
+def test_weights_that_grew_out_of_range_are_named_instead_of_the_images():
+    one = run(lr=1e30)
+    with pytest.raises(BadInput, match="a smaller lr may help") as caught:
+        list(one.steps())
+    assert "step 0" not in str(caught.value)
+
+
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     whole = run()
     list(whole.steps())

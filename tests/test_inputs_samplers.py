@@ -204,6 +204,8 @@ def test_regions_refuse_what_has_no_boxes():
     broken[7, 1] = float("nan")
     with pytest.raises(BadInput, match="point 7 of 1000"):
         Regions()(broken, rng=rng())
+    with pytest.raises(BadInput, match=r"n at least 1, got .* \(0, 3\)"):
+        Regions()(torch.zeros(0, 3), rng=rng())
     with pytest.raises(BadInput, match="coordinates"):
         Regions()(cube()[:, :2], rng=rng())
     with pytest.raises(BadInput, match="keeps none"):

@@ -79,6 +79,12 @@ def test_theta_weighs_the_second_branch():
     assert torch.allclose(loss[3.0] - loss[0.0], 3 * (loss[1.0] - loss[0.0]), rtol=1e-3)
 
 
+def test_patches_of_one_value_cannot_be_normalised():
+    assert normalised(X, 1).shape == (3, 256, 2)  # two channels are two values
+    with pytest.raises(BadInput, match=r"\(3, 1, 16, 16\) in patches of 1 x 1 have one value a patch"):
+        normalised(X[:, :1], 1)
+
+
 def test_normalised_patches_by_hand():
     image = torch.tensor([[[[1.0, 3.0, 5.0, 5.0], [5.0, 7.0, 5.0, 5.0]]]])
     rows = normalised(image, 2)  # mean 4, unbiased variance 20 / 3; an even patch gives 0

@@ -16,7 +16,11 @@ def pretrain(
     out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
     method: Annotated[str, typer.Option(help="spark, dmjd, mae ...")] = "spark",
     model: Annotated[
-        str, typer.Option(help="small-resnet, small-convnext, small-vit, a transformers folder, or package.module:function.")
+        str,
+        typer.Option(
+            help="small-resnet, small-convnext, small-vit, a transformers folder, or package.module:function, "
+            "called as function() without arguments: gives the backbone."
+        ),
     ] = "small-resnet",
     size: Annotated[int | None, typer.Option(help="Side that images are scaled to (default: all have one size).")] = None,
     grey: Annotated[bool | None, typer.Option("--grey/--colour", help="Channels (default: as the images are).")] = None,

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from maskwright import __version__
 from maskwright.cli.job import free_disk
-from maskwright.cli.pretrain_models import backbone, save_backbone
+from maskwright.cli.pretrain_models import backbone, save_backbone, tried
 from maskwright.cli.recipe import built, found
 from maskwright.core.errors import BadInput
 from maskwright.core.select import generator
 from maskwright.inputs import Pretraining
+from maskwright.inputs.calling import naming
 from maskwright.inputs.images import open_images
 from maskwright.inputs.pretraining import Pretrain, Recipe
 from maskwright.inputs.probe import linear_probe
@@ -90,7 +91,9 @@ class PretrainJob:
         channels, *size = self.images.shape
         self.backbone = backbone(asked.model, channels, (size[0], size[1]), asked.recipe.seed)
         example = self.images.read(self.used[:2]).float().div_(255)
-        self.learner = self.method.learner(self.backbone, example, seed=asked.recipe.seed)
+        with naming(f"{self.card.slug} around model {asked.model!r} on images of shape {tuple(example.shape)}"):
+            self.learner = self.method.learner(self.backbone, example, seed=asked.recipe.seed)
+            tried(self.learner, example)
         self.training = Pretrain(self.learner, len(self.used), lambda at: self.images.read(self.used[at]), asked.recipe)
 
     def _split(self) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maskwright.cli.named import made_by
 from maskwright.core.errors import BadInput
+from maskwright.core.select import generator
+from maskwright.inputs import Learner
 from maskwright.models.load import quiet
 
 Build = Callable[[int, tuple[int, int]], nn.Module]  # (channels, (height, width)) -> a backbone
@@ -52,13 +54,23 @@ def _convnext(channels: int, size: tuple[int, int]) -> nn.Module:
 def _vit(channels: int, size: tuple[int, int]) -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
-    side = next((part for part in (size[0] // 8, 4) if part and size[0] % part == 0 == size[1] % part), 1)
     if size[0] != size[1]:
         raise BadInput(f"small-vit takes square images, got {size[0]} x {size[1]}: give --size")
+    side = _patch(size[0])
+    if side is None:
+        near = sorted((n for n in range(4, 2 * size[0] + 8) if _patch(n)), key=lambda n: abs(n - size[0]))[:2]
+        told = " or ".join(map(str, sorted(near)))
+        raise BadInput(
+            f"small-vit's patches, an eighth of the side or 4 pixels, do not divide {size[0]}: give --size {told}"
+        )
     return ViTModel(ViTConfig(
         hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, image_size=size[0], patch_size=side, num_channels=channels,
     ), add_pooling_layer=False)  # fmt: skip
+
+
+def _patch(side: int) -> int | None:
+    return next((part for part in (side // 8, 4) if part and side % part == 0), None)
 
 
 SMALL: Mapping[str, Build] = {"small-resnet": _resnet, "small-convnext": _convnext, "small-vit": _vit}
@@ -70,11 +82,22 @@ def _from_folder(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise BadInput(f"{folder}: no config.json, so it is no model folder")
     try:
-        if any(folder.glob("*.safetensors")):
-            return AutoModel.from_pretrained(folder, local_files_only=True)
-        return AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        with quiet():
+            if any(folder.glob("*.safetensors")):
+                return AutoModel.from_pretrained(folder, local_files_only=True)
+            return AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:160]})") from None
+
+
+@torch.no_grad()
+def tried(learner: Learner, example: Tensor) -> None:
+    """Ask everything of the learner once, in eval mode, of an image or two: nothing is to fail after long work."""
+    learner.eval()
+    learner.loss(example, generator(0, "try"))
+    learner.features(example)
+    learner.reconstruct(example, generator(0, "try"))
+    learner.train()
 
 
 def save_backbone(model: nn.Module, folder: Path, name: str) -> tuple[dict[str, str], str]:

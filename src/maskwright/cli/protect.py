@@ -20,7 +20,10 @@ def protect(
     density: Annotated[float | None, typer.Option(help="Share of an image's pixels that may change.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, a field of the method (repeatable).")] = None,
     surrogate: Annotated[
-        str | None, typer.Option(help="package.module:function of (channels, classes): the network that noise is made on.")
+        str | None,
+        typer.Option(
+            help="package.module:function, called as function(channels, classes): gives the network that noise is made on."
+        ),
     ] = None,
     size: Annotated[int | None, typer.Option(help="Side that images are scaled to (default: all have one size).")] = None,
     grey: Annotated[bool | None, typer.Option("--grey/--colour", help="Channels (default: as the images are).")] = None,

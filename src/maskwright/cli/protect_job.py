@@ -75,6 +75,7 @@ class ProtectJob:
         if asked.out is not None:
             apart(self.out, self.images.root)
         self.names = _targets(self.images.names)
+        _windows(self.method, self.images.shape)
         labels = self.images.labels
         shape, classes = self.images.shape, len(self.images.classes)
         self.run = self.method.start(
@@ -136,10 +137,15 @@ class ProtectJob:
     def work(self, progress: Callable[[int, float], None]) -> dict[str, Any]:
         """All rounds, then the folder. `progress(round, error)` is called after each. Returns the report."""
         start = time.perf_counter()
-        while not self.run.done:
-            error = self.run.round()
-            self.run.save(self.partial / STATE)
-            progress(self.run.rounds, error)
+        try:
+            while not self.run.done:
+                error = self.run.round()
+                self.run.save(self.partial / STATE)
+                progress(self.run.rounds, error)
+        except BadInput:
+            if not self.run.rounds:
+                shutil.rmtree(self.partial, ignore_errors=True)  # there is nothing to go on from
+            raise
         made = self.run.result()
         target = self.partial / self.out.name
         shutil.rmtree(target, ignore_errors=True)
@@ -199,6 +205,14 @@ def _write(path: Path, clean: Tensor, image: Tensor, levels: int) -> None:
         read = torch.from_numpy(np.asarray(again).copy()).reshape(*image.shape[1:], -1).permute(2, 0, 1)
     if not torch.equal(read, image) or int((read.int() - clean.int()).abs().max()) > levels:
         raise BadInput(f"{path}: reads back as another image than was written")
+
+
+def _windows(method: Any, shape: tuple[int, int, int]) -> None:
+    """Raise BadInput where the method's windows do not divide an image, naming those that do."""
+    window, both = getattr(method, "window", 1), math.gcd(*shape[1:])
+    if both % window:
+        sides = ", ".join(str(side) for side in range(1, both + 1) if both % side == 0)
+        raise BadInput(f"window {window} does not divide images of {shape[1]} x {shape[2]}: --set window is one of {sides}")
 
 
 def _method(asked: ProtectRecipe) -> tuple[Any, Any]:

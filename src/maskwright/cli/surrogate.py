@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from maskwright.cli.named import made_by
+from maskwright.cli.named import made_by, shown
 
 _WIDTHS = (16, 32, 64, 64)  # after these the last one again
 
@@ -13,10 +14,11 @@ def surrogate(name: str | None, shape: tuple[int, int, int], classes: int) -> nn
     """(batch, *shape) -> logits (batch, classes), with weights from torch's generator as it stands.
 
     name: None for strided convolutions with batch norm down to a map of at most 8; or `package.module:function`, called with
-    (channels, classes). Raises BadInput saying what is missing.
+    (channels, classes). Raises BadInput saying what is missing, and for a network that fails on an image.
     """
     if name is not None:
-        return made_by(name, "surrogate", shape[0], classes)
+        net = made_by(name, "surrogate", shape[0], classes)
+        return shown(net, torch.zeros(1, *shape), f"the network of surrogate {name!r}, called with ({shape[0]}, {classes}),")
     layers: list[nn.Module] = []
     inputs, side, at = shape[0], min(shape[1:]), 0
     while at < 3 or side > 8:

@@ -22,6 +22,7 @@ from maskwright.core.select import generator
 from maskwright.core.store import replacing
 from maskwright.inputs.method import Learner
 
+_LARGE = 1e6  # a weight that no training that goes well comes to
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 Read = Callable[[Tensor], Tensor]  # numbers of images (n,) -> (n, channels, height, width) uint8
 
@@ -105,7 +106,13 @@ class Pretrain:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.learner.loss(images, rng)
+        try:
+            loss = self.learner.loss(images, rng)
+        except BadInput as error:
+            # What the learner refuses may be of its own making: images read from 8 bits are finite.
+            if not (most := self._greatest()) < _LARGE:
+                raise BadInput(f"step {step}: the learner's weights reach {most:g}; a smaller lr may help") from error
+            raise
         if not bool(loss.isfinite()):
             raise BadInput(f"step {step}: the loss is {loss.item()}; a smaller lr may help")
         loss.backward()
@@ -113,6 +120,11 @@ class Pretrain:
         self.optimizer.step()
         self.losses.append(float(loss.detach()))
         return self.losses[-1]
+
+    @torch.no_grad()
+    def _greatest(self) -> float:
+        """The greatest |weight|, NaN where one is."""
+        return float(torch.stack([p.abs().max() for p in self.learner.parameters() if p.numel()]).max())
 
     def numbers(self, step: int) -> Tensor:
         """The images of a step: passes over all of them, each in an order of its own. (batch,) int64."""
@@ -130,7 +142,7 @@ class Pretrain:
             self._last = turn, torch.randperm(self.images, generator=rng)
         return self._last[1]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the state as one safetensors file; it appears whole or not at all."""
         from safetensors.torch import save_file
 
@@ -146,10 +158,10 @@ class Pretrain:
             "recipe": json.dumps(asdict(self.recipe)),
             "losses": json.dumps(self.losses),
         }
-        with replacing(path) as partial:
+        with replacing(Path(path)) as partial:
             save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata=told)
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path | str) -> None:
         """Go on from a state that `save` wrote. Raises BadInput for another recipe, another learner or no such file."""
         from safetensors import SafetensorError, safe_open
 

@@ -38,10 +38,13 @@ class Regions:
     def __call__(self, points: Tensor, scene: Tensor | None = None, *, rng: torch.Generator) -> tuple[Mask, Tensor]:
         """The mask (n,) of points (n, 3), and each point's box (n,) int64, -1 outside all; `scene` (n,) numbers the scenes.
 
-        Raises BadInput for coordinates that are not finite and scenes with fewer different values on an axis than `grid`.
+        Raises BadInput for no points, coordinates that are not finite, and scenes with fewer different values on an axis
+        than `grid`.
         """
-        if points.ndim != 2 or points.shape[1] != 3 or not points.dtype.is_floating_point:
-            raise BadInput(f"points are (n, 3) real coordinates, got {points.dtype} of shape {tuple(points.shape)}")
+        if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not points.dtype.is_floating_point:
+            raise BadInput(
+                f"points are (n, 3) real coordinates, n at least 1, got {points.dtype} of shape {tuple(points.shape)}"
+            )
         if not bool(points.isfinite().all()):
             bad = int((~points.isfinite().all(1)).nonzero()[0])
             raise BadInput(f"point {bad} of {len(points)} has a coordinate that is NaN or infinite")

@@ -17,9 +17,16 @@ Target = Callable[[Tensor, int], Tensor]  # images (batch, channels, h, w), patc
 
 
 def normalised(images: Tensor, patch: int) -> Tensor:
-    """Each patch's pixels less their mean, over their standard deviation (MAE's norm_pix_loss, arXiv 2111.06377)."""
-    mean, spread = _level(patches(images, patch))
-    return (patches(images, patch) - mean) / spread
+    """Each patch's pixels less their mean, over their standard deviation (MAE's norm_pix_loss, arXiv 2111.06377).
+
+    Raises BadInput for patches of one value.
+    """
+    rows = patches(images, patch)
+    if rows.shape[2] == 1:
+        told = f"images of shape {tuple(images.shape)} in patches of {patch} x {patch} have one value a patch"
+        raise BadInput(f"{told}, which cannot be normalised: take larger patches or the target 'pixels'")
+    mean, spread = _level(rows)
+    return (rows - mean) / spread
 
 
 TARGETS: Mapping[str, Target] = {"pixels": patches, "normalised": normalised, "hog": hog_tokens}

@@ -56,15 +56,15 @@ class Guard:
         frames, have = features.shape[2], self.delta.shape[2]
         return features + self.delta.repeat(1, 1, -(-frames // have))[:, :, :frames].to(features)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """One .safetensors, which appears whole or not at all: both averaged gradients, the mask and delta."""
         tensors = dict(zip(_NAMES, (self.safety, self.utility, self.mask.keep, self.delta), strict=True))
         told = {"made_by": json.dumps(dict(self.made_by), sort_keys=True), "skipped": str(self.skipped)}
-        with replacing(path) as partial:
+        with replacing(Path(path)) as partial:
             save_file({name: value.contiguous() for name, value in tensors.items()}, partial, told)
 
     @staticmethod
-    def load(path: Path) -> Guard:
+    def load(path: Path | str) -> Guard:
         """Read what `save` wrote. Raises BadInput for any other file, and for a delta that is not 0 outside the mask."""
         try:
             with safe_open(path, "pt") as file:
@@ -82,6 +82,8 @@ class Guard:
 
 def check(features: Tensor, bins: int | None = None) -> None:
     """Raise BadInput unless features are finite reals (batch, bins, frames) with this number of bins."""
+    if not isinstance(features, Tensor):
+        raise BadInput(f"features are a tensor (batch, bins, frames), got a {type(features).__name__}")
     if features.ndim != 3 or 0 in features.shape or not features.dtype.is_floating_point:
         raise BadInput(f"features are real (batch, bins, frames), got {features.dtype} of shape {tuple(features.shape)}")
     if bins is not None and features.shape[1] != bins:

@@ -130,6 +130,8 @@ class AlmGuard(InputMethod):
 
 
 def _gradient(loss: Tensor, at: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise BadInput(f"a loss is a tensor of one finite number, got a {type(loss).__name__}")
     if loss.numel() != 1 or not bool(loss.isfinite().all()):
         raise BadInput(f"a loss is one finite number, got shape {tuple(loss.shape)}: {loss.detach().flatten()[:3].tolist()}")
     if not loss.requires_grad:

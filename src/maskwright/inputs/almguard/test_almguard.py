@@ -124,6 +124,13 @@ def test_clips_without_a_transcript_are_skipped_and_counted():
         QUICK.measure(far, lambda x, n: None, clips())
 
 
+def test_files_may_be_named_by_strings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = QUICK.guard(far, linear([1.0, 2, 3, 4]), clips())
+    made.save("guard.safetensors")
+    assert torch.equal(Guard.load("guard.safetensors").delta, made.delta)
+
+
 def test_saved_and_loaded_applied_to_other_lengths(tmp_path):
     made = QUICK.guard(far, linear([1.0, 2, 3, 4]), clips())
     made.save(tmp_path / "g.safetensors")
@@ -148,6 +155,9 @@ def test_saved_and_loaded_applied_to_other_lengths(tmp_path):
         (lambda: QUICK.measure(lambda x, n: x.sum() * torch.nan, far, clips()), "finite number"),
         (lambda: QUICK.measure(lambda x, n: (0 * x).sqrt().sum(), far, clips()), "not finite"),
         (lambda: QUICK.measure(lambda x, n: T(1.0), far, clips()), "does not depend"),
+        (lambda: QUICK.measure(lambda x, n: 0.5, far, clips()), "one finite number, got a float"),
+        (lambda: QUICK.measure(far, lambda x, n: 0.5, clips()), "one finite number, got a float"),
+        (lambda: QUICK.measure(far, far, [clips()[0].numpy()]), "got a ndarray"),
         (lambda: QUICK.measure(far, far, [*clips(1), *clips(1, bins=5)]), "5 bins, expected 4"),
         (lambda: QUICK.train(far, clips(), Mask(torch.ones(1, 3, dtype=torch.bool))), "mask"),
         (lambda: QUICK.measure(far, far, [torch.full((1, 4, 6), torch.nan)]), "not finite"),

@@ -71,6 +71,14 @@ def test_all_boxes_hidden_leaves_the_released_codes_strict_borders():
     assert torch.equal(inside, (minimum > 0).all(1))
 
 
+def test_points_outside_the_released_codes_boxes_are_never_masked():
+    coords = cloud(200).coords
+    mask, box = Cpcm(density=1 / 64, reference=True).boxes(coords, rng=generator(1))
+    assert 3 <= (box == -1).sum() < 100 and mask.keep[box == -1].all()
+    inside = box != -1
+    assert len(box[inside & mask.keep].unique()) <= 1 and (~mask.keep[inside]).sum() > 50
+
+
 @pytest.mark.parametrize(("grid", "masked"), [(4, 48), (8, 384)])
 def test_count_of_masked_boxes(grid, masked):
     lattice = torch.cartesian_prod(*[torch.arange(2.0 * grid)] * 3)  # no box without a point

@@ -56,6 +56,27 @@ def test_at_density_1_the_masked_path_is_not_entered_and_all_is_the_plain_model(
         masked(x, sigma, y, rng=generator(0))
 
 
+@pytest.mark.parametrize("mixer_width", [16, 8])
+def test_with_nothing_masked_it_is_a_plain_chain_of_inlet_mixer_blocks_and_outlet(mixer_width):
+    model, (x, sigma, y) = made(density=1.0, mixer_width=mixer_width), batch()
+    net, trunk = model.net, model.net.trunk
+    angle = sigma[:, None] * net.waves
+    condition = net.time(torch.cat([angle.cos(), angle.sin()], 1)) + net.conditioner.table(y)
+    hidden = net.inlet(patches(x, 4)) + net.positions
+    *blocks, outlet = trunk.blocks
+    assert len(trunk.mixer) == (2 if mixer_width == 16 else 3) and len(blocks) == len(trunk.mixer)
+    for block in (*trunk.mixer, *blocks):
+        hidden = block(hidden, condition)
+    shift, scale = outlet.modulation(condition).chunk(2, -1)
+    told = outlet.linear(outlet.norm(hidden) * (1 + scale[:, None]) + shift[:, None])
+    want = torch.zeros(2, *SHAPE)
+    for token in range(64):
+        row, column = 4 * (token // 8), 4 * (token % 8)
+        want[:, 0, row : row + 4, column : column + 4] = told[:, token].view(2, 4, 4)
+    for rng in (generator(0), None):
+        assert torch.equal(net(x, sigma, y, rng=rng)[0], want)
+
+
 def test_a_mixer_of_depth_0_is_naive_masking_to_the_bit():
     model, (x, sigma, y) = made(mixer_depth=0), batch()
     net, trunk = model.net, model.net.trunk

@@ -16,6 +16,7 @@ from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask
 from maskwright.core.select import generator
 from maskwright.core.store import replacing
+from maskwright.inputs.calling import name_of, naming
 from maskwright.inputs.perturbation import Ball
 from maskwright.inputs.salm.released import Protected, noisy, unit
 
@@ -50,8 +51,9 @@ class Noise:
         self.pattern = method.keep(torch.zeros(1, *size[1:])).pattern
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = surrogate()
-        self.optimizer = optimizer(list(self.model.parameters()))
+            self._build(surrogate)
+        with naming(f"{name_of(optimizer)}(parameters)"):
+            self.optimizer = optimizer(list(self.model.parameters()))
         self.rounds, self.error = 0, 1.0
 
     @property
@@ -77,7 +79,7 @@ class Noise:
         mask = Mask(self.keep, self.pattern)
         return Protected(self.clean, self.delta, mask, self.row, self.method.eps, self.rounds, self.error)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Everything a run needs to go on, in one safetensors file that appears whole or not at all."""
         from safetensors.torch import save_file
 
@@ -87,10 +89,10 @@ class Noise:
         for at, kept in plain.items():
             tensors |= {f"optimizer.{at}.{key}": value.clone() for key, value in kept.items() if isinstance(value, Tensor)}
         told = {"mark": self._mark(), "rounds": self.rounds, "error": self.error}
-        with replacing(path) as partial:
+        with replacing(Path(path)) as partial:
             save_file({name: value.contiguous() for name, value in tensors.items()}, partial, {"salm": json.dumps(told)})
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path | str) -> None:
         """Go on from a saved state. Raises BadInput for a file that is none, or that of other images or settings."""
         from safetensors import SafetensorError, safe_open
 
@@ -112,7 +114,7 @@ class Noise:
             self.model.load_state_dict(model)
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": inner})
         except (RuntimeError, ValueError, KeyError) as error:
-            raise BadInput(f"{path}: the surrogate is another network: {' '.join(str(error).split())}") from None
+            raise BadInput(f"{path}: the surrogate is another network: {' '.join(str(error).split())[:300]}") from None
         self.delta, self.keep = tensors["delta"], tensors["keep"].bool()
         self.rounds, self.error = int(told["rounds"]), float(told["error"])
 
@@ -129,12 +131,38 @@ class Noise:
             return [(self.row == row).nonzero().flatten() for row in range(len(self.delta))]
         return list(torch.arange(len(self.clean)).split(self.method.batch))
 
+    def _build(self, surrogate: Callable[[], nn.Module]) -> None:
+        """Make the network and show it one image: what does not fit is refused before any work."""
+        self.name = name_of(surrogate)
+        with naming(f"{self.name}()"):
+            self.model = surrogate()
+        if not isinstance(self.model, nn.Module):
+            raise BadInput(f"{self.name}() gives a {type(self.model).__name__}, a torch module is needed as the surrogate")
+        if not any(each.requires_grad for each in self.model.parameters()):
+            raise BadInput(f"{self.name}() gives a network without a parameter to train")
+        modes, first = {each: each.training for each in self.model.modules()}, torch.arange(1)
+        self.model.eval()
+        with torch.no_grad():
+            self._loss(self._logits(unit(self.clean[first])), first, "sum")
+        for each, training in modes.items():
+            each.training = training
+
     def _view(self, x: Tensor, rng: torch.Generator) -> Tensor:
-        return self.model(x if self.augment is None else self.augment(x, rng))
+        if self.augment is not None:
+            with naming(f"{name_of(self.augment)} of images of shape {tuple(x.shape)}"):
+                x = self.augment(x, rng)
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        with naming(f"the network of {self.name}() on images of shape {tuple(x.shape)}"):
+            return self.model(x)  # type: ignore[no-any-return]
 
     def _loss(self, logits: Tensor, index: Tensor, reduction: str) -> Tensor:
-        if logits.ndim != 2 or logits.shape[1] <= int(self.labels.max()):
-            raise BadInput(f"the surrogate gives {tuple(logits.shape)}, labels go up to {int(self.labels.max())}")
+        if not isinstance(logits, Tensor):
+            raise BadInput(f"the surrogate gives a {type(logits).__name__}, logits (batch, classes) are needed")
+        if logits.ndim != 2 or len(logits) != len(index) or logits.shape[1] <= int(self.labels.max()):
+            given = f"{tuple(logits.shape)} for {len(index)} images"
+            raise BadInput(f"the surrogate gives {given}, labels go up to {int(self.labels.max())}")
         loss = F.cross_entropy(logits, self.labels[index], reduction=reduction)
         if not bool(loss.isfinite()):
             raise BadInput(f"the surrogate's loss is {float(loss.detach())} in round {self.rounds}: train it more gently")
@@ -186,11 +214,14 @@ class Noise:
         wrong = 0
         for index in torch.arange(len(self.clean)).split(self.method.batch):
             x = noisy(unit(self.clean[index]), self.delta[self.row[index]])
-            wrong += int((self.model(x).argmax(1) != self.labels[index]).sum())
+            wrong += int((self._logits(x).argmax(1) != self.labels[index]).sum())
         return wrong / len(self.clean)
 
 
 def _checked(images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    for name, given in (("images", images), ("labels", labels)):
+        if given is not None and not isinstance(given, Tensor):
+            raise BadInput(f"{name} are a tensor, got a {type(given).__name__}: torch.as_tensor makes one")
     if images.ndim != 4 or not images.numel():
         raise BadInput(f"images are (n, channels, height, width), got shape {tuple(images.shape)}")
     if images.dtype != torch.uint8:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from maskwright.core.errors import BadInput
 from maskwright.core.select import generator
 from maskwright.inputs.dpo import Dpo
 from maskwright.inputs.pairs import Pairs
+from maskwright.inputs.preference import token_preference_loss
 from maskwright.inputs.sparsepo import SparsePo, TokenMaskNet
 from maskwright.lab.decoder import llama
 
@@ -53,6 +55,36 @@ def test_a_mask_of_ones_is_tdpo1_and_one_on_the_reward_alone_starts_there_too(ma
     for settings in ({}, {"on_kl": False}, {"on_reward": False}):
         with SparsePo(mask=mask, beta=0.7, dropout=0.0, **settings).attach(policy, reference) as run:
             torch.testing.assert_close(run.loss(pair_batch())[0], wanted)
+
+
+class Says(torch.nn.Module):
+    """A model whose logits are its weights."""
+
+    def __init__(self, name, train):
+        super().__init__()
+        logits = torch.randn(6, 9, 11, generator=generator(0, name), dtype=torch.float64)
+        self.logits = torch.nn.Parameter(logits, requires_grad=train)
+
+    def forward(self, **_):
+        return SimpleNamespace(logits=self.logits)
+
+
+def test_the_loss_with_reward_weights_1_and_no_divergence_is_dpo():
+    policy, reference, pairs = Says("policy", True), Says("reference", False), pair_batch()
+    with Dpo(beta=0.7, form="dpo").attach(policy, reference) as run:
+        dpo = run.loss(pairs)[0]
+    now, before, labels = policy.logits, reference.logits, pairs.labels
+    ours = token_preference_loss(
+        now[:3], now[3:], before[:3], before[3:], labels[:3], labels[3:], m_u=1.0, m_d=0.0, beta=0.7
+    )[0]
+    ratio = (now.log_softmax(-1) - before.log_softmax(-1))[:, :-1].gather(2, pairs.ids[:, 1:, None])[..., 0]
+    sums = (ratio * (labels[:, 1:] != -100)).sum(1)
+    plain = -torch.nn.functional.logsigmoid(0.7 * (sums[:3] - sums[3:])).mean()
+    assert torch.equal(ours, dpo)
+    torch.testing.assert_close(ours, plain)
+    one, two, three = (torch.autograd.grad(loss, policy.logits)[0] for loss in (ours, dpo, plain))
+    assert torch.equal(one, two) and one.abs().max() > 1e-3
+    torch.testing.assert_close(one, three)
 
 
 def test_a_mask_of_zeros_is_ln_2():
