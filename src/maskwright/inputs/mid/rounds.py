@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from maskwright.core.cache import write_atomic
 from maskwright.core.errors import BadInput
 from maskwright.core.select import generator
 from maskwright.inputs.apply import hide
+from maskwright.inputs.calling import name_of, naming
 
 if TYPE_CHECKING:
     from maskwright.inputs.mid.method import Mid
@@ -26,8 +28,7 @@ class Rounds:
 
     def __init__(self, method: Mid, clean: Tensor, noisy: Tensor, build: Callable[[int, int], nn.Module], seed: int) -> None:
         for name, images in (("clean", clean), ("noisy", noisy)):
-            if images.ndim != 4 or not images.is_floating_point() or not images.numel():
-                raise BadInput(f"MID: {name} images are floats (n, channels, rows, columns), got {tuple(images.shape)}")
+            _checked(name, images)
             if not bool(images.isfinite().all()):
                 raise BadInput(f"MID: {name} images of shape {tuple(images.shape)} hold NaN or infinite values")
             if min(images.shape[2:]) < method.patch:
@@ -40,7 +41,11 @@ class Rounds:
         self.method, self.clean, self.noisy, self.seed = method, clean.detach(), noisy.detach(), seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = build(clean.shape[1] + 1, clean.shape[1])
+            sizes = clean.shape[1] + 1, clean.shape[1]
+            with naming(f"MID: {name_of(build)}{sizes}"):
+                self.network = build(*sizes)
+        if not isinstance(self.network, nn.Module):
+            raise BadInput(f"MID: {name_of(build)}{sizes} gives a {type(self.network).__name__}, not a torch module")
         self.bank: Tensor | None = None
         self.number = 0
         self.reports: list[dict[str, float]] = []
@@ -86,7 +91,7 @@ class Rounds:
         total = 0.0
         for _ in range(method.steps):
             c, y = self.pairs(method.batch, rng)
-            loss = F.l1_loss(self.network(self.show(y, rng)), c)  # over all pixels: fills in and denoises at once
+            loss = F.l1_loss(self._predicted(self.show(y, rng)), c)  # over all pixels: fills in and denoises at once
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -108,10 +113,14 @@ class Rounds:
 
     @torch.no_grad()
     def denoise(self, y: Tensor, *, masks: int | None = None, seed: int = 0) -> Tensor:
-        """The mean of `masks` predictions, each under masks of its own. Prediction k alone is `once(y, seed, k)`."""
+        """The mean of `masks` predictions, each under masks of its own. Prediction k alone is `once(y, seed, k)`.
+
+        Raises BadInput for images of another number of channels, and a network that gives another size than it is given.
+        """
         number = self.method.masks if masks is None else masks
         if number < 1:
             raise BadInput(f"MID averages over at least 1 mask, got {number}")
+        self._fits(y)
         total = torch.zeros_like(y)
         for at in range(number):
             total += self.once(y, seed, at)
@@ -119,13 +128,28 @@ class Rounds:
 
     @torch.no_grad()
     def once(self, y: Tensor, seed: int, at: int) -> Tensor:
-        """One prediction, the network in eval mode: (n, c, h, w) -> the same shape."""
+        """One prediction, the network in eval mode: (n, c, h, w) -> the same shape. Raises BadInput as `denoise` does."""
+        self._fits(y)
         was = self.network.training
         self.network.eval()
         try:
-            return self.network(self.show(y, generator(seed, f"mid mask {at}")))  # type: ignore[no-any-return]
+            return self._predicted(self.show(y, generator(seed, f"mid mask {at}")))
         finally:
             self.network.train(was)
+
+    def _fits(self, y: Tensor) -> None:
+        _checked("noisy", y)
+        if y.shape[1] != self.clean.shape[1]:
+            raise BadInput(f"MID: images of shape {tuple(y.shape)} have {y.shape[1]} channels, not {self.clean.shape[1]}")
+
+    def _predicted(self, shown: Tensor) -> Tensor:
+        with naming(f"MID: the network on images of shape {tuple(shown.shape)}"):
+            out = self.network(shown)
+        wanted = (len(shown), shown.shape[1] - 1, *shown.shape[2:])
+        if not isinstance(out, Tensor) or out.shape != wanted:
+            given = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise BadInput(f"MID: the network gives {given} for images of shape {tuple(shown.shape)}, not {wanted}")
+        return out
 
     def save(self, path: Path | str) -> None:
         """Network, bank, round number, settings and reports in one .safetensors file."""
@@ -134,22 +158,47 @@ class Rounds:
         held = {f"network.{name}": value.detach().clone().contiguous() for name, value in self.network.state_dict().items()}
         if self.bank is not None:
             held["bank"] = self.bank.contiguous()
-        told = {**self.method.made_by(self.seed), "number": self.number, "reports": self.reports}
+        told = {**self.method.made_by(self.seed), "mark": self._mark(), "number": self.number, "reports": self.reports}
         write_atomic(Path(path), save(held, metadata={"mid": json.dumps(told)}))
 
     def load(self, path: Path | str) -> None:
-        """Go on from a file of `save`: the next rounds come out to the same bits. Raises BadInput for another run's file."""
-        from safetensors import safe_open
+        """Go on from a file of `save`: the next rounds come out to the same bits.
 
-        with safe_open(str(path), framework="pt") as file:
-            told = json.loads((file.metadata() or {}).get("mid", "{}"))
-            held = {name: file.get_tensor(name) for name in file.keys()}
+        Raises BadInput for a file that is none, and for that of other settings, images or another seed or network.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = json.loads((file.metadata() or {})["mid"])
+                held = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise BadInput(f"MID: {path} is not a saved run ({' '.join(str(error).split())})") from None
         mine = self.method.made_by(self.seed)
         if told.get("settings") != mine["settings"] or told.get("seed") != self.seed:
             raise BadInput(f"MID: {path} holds settings {told.get('settings')}, seed {told.get('seed')}, this run others")
+        if told.get("mark") != self._mark():
+            raise BadInput(f"MID: {path} holds a run over other clean or noisy images")
         bank = held.pop("bank", None)
-        self.network.load_state_dict({name.removeprefix("network."): value for name, value in held.items()})
+        try:
+            self.network.load_state_dict({name.removeprefix("network."): value for name, value in held.items()})
+        except RuntimeError as error:
+            raise BadInput(f"MID: {path} holds another network: {' '.join(str(error).split())[:300]}") from None
         self.bank, self.number, self.reports = bank, told["number"], told["reports"]
+
+    def _mark(self) -> str:
+        """What tells the images of one run from those of another."""
+        digest = hashlib.sha256()
+        for images in (self.clean, self.noisy):
+            digest.update(f"{images.dtype} {tuple(images.shape)}".encode())
+            digest.update(images.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _checked(name: str, images: Tensor) -> None:
+    given = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or not images.numel():
+        raise BadInput(f"MID: {name} images are floats (n, channels, rows, columns), got {given}")
 
 
 def lag1(noise: Tensor) -> float:
