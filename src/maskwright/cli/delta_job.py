@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from math import isfinite, prod
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from maskwright.updates import Deltas, Merging
 from maskwright.updates.base import BaseId, around
 from maskwright.updates.cuts import Pair, Row, cuts
 from maskwright.updates.deltas import Delta
+from maskwright.updates.fitting import matching
 from maskwright.updates.parts import Tensors
 from maskwright.updates.task_arithmetic import TaskArithmetic
 
@@ -44,12 +44,9 @@ def made(new: FileTensors, old: FileTensors, *, density: float | None, where: Se
     """new - old. density: the share of entries to keep, the greatest over all tensors. where: patterns of the tensors to
     compare. full: patterns of those that are stored whole. Raises BadInput for a pattern that matches nothing.
     """
-    floats = {name for name, (dtype, _) in new.shapes().items() if dtype.is_floating_point}
-    for pattern in full:
-        if not any(fnmatchcase(name, pattern) for name in floats):
-            raise BadInput(f"full {pattern!r} matches no tensor; names look like {', '.join(list(new.shapes())[:3])}")
-    whole = [name for name in new.leave_out(full) if name in floats]
-    old.leave_out(full)
+    whole = matching((name for name, (dtype, _) in new.shapes().items() if dtype.is_floating_point), full)
+    for model in (new, old):
+        model.leave_out(full)
     names = chosen(dict.fromkeys([*new.shapes(), *old.shapes()]), where)
     merging = _Differences(_Some(old, names), _Some(new, names))
     cut = merging.cut(density) if density is not None else None

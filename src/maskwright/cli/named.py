@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from maskwright.core.errors import BadInput
-from maskwright.inputs.calling import naming
+from maskwright.inputs.calling import naming, trying
 
 
 def made_by(name: str, what: str, *args: Any) -> nn.Module:
@@ -36,10 +35,6 @@ def made_by(name: str, what: str, *args: Any) -> nn.Module:
 
 def shown(net: nn.Module, images: Tensor, what: str) -> nn.Module:
     """The network, after it has seen some images in eval mode, its modes as before. Raises BadInput as `naming` does."""
-    modes = {each: each.training for each in net.modules()}
-    net.eval()
-    with torch.no_grad(), naming(f"{what} on images of shape {tuple(images.shape)}"):
+    with trying(net), naming(f"{what} on images of shape {tuple(images.shape)}"):
         net(images)
-    for each, training in modes.items():
-        each.training = training
     return net

@@ -12,6 +12,7 @@ from maskwright.cli.named import made_by
 from maskwright.core.errors import BadInput
 from maskwright.core.select import generator
 from maskwright.inputs import Learner
+from maskwright.inputs.calling import trying
 from maskwright.models.load import quiet
 
 Build = Callable[[int, tuple[int, int]], nn.Module]  # (channels, (height, width)) -> a backbone
@@ -90,14 +91,12 @@ def _from_folder(folder: Path) -> nn.Module:
         raise BadInput(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:160]})") from None
 
 
-@torch.no_grad()
 def tried(learner: Learner, example: Tensor) -> None:
     """Ask everything of the learner once, in eval mode, of an image or two: nothing is to fail after long work."""
-    learner.eval()
-    learner.loss(example, generator(0, "try"))
-    learner.features(example)
-    learner.reconstruct(example, generator(0, "try"))
-    learner.train()
+    with trying(learner):
+        learner.loss(example, generator(0, "try"))
+        learner.features(example)
+        learner.reconstruct(example, generator(0, "try"))
 
 
 def save_backbone(model: nn.Module, folder: Path, name: str) -> tuple[dict[str, str], str]:

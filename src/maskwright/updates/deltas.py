@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask
 from maskwright.core.maskset import MaskSet
 from maskwright.updates.base import BaseId, around
+from maskwright.updates.fitting import matching
 
 Shape = tuple[int, ...]
 
@@ -245,10 +245,7 @@ def delta(
     patterns that match nothing, and for differences or whole tensors that are not finite.
     """
     new, old = tensors_of(tuned), tensors_of(base)
-    for pattern in full:
-        if not any(fnmatchcase(name, pattern) for name in new):
-            raise BadInput(f"full {pattern!r} matches no tensor; names look like {', '.join(list(new)[:3])}")
-    whole = {name: new[name].clone() for name in new if any(fnmatchcase(name, pattern) for pattern in full)}
+    whole = {name: new[name].clone() for name in matching(new, full)}
     names = [name for name in new if name not in whole] if masks is None else list(masks)
     missing = [name for name in names if name not in old or name not in new]
     missing += [name for name in old if name not in new and name not in whole]

@@ -1,8 +1,9 @@
-"""What must agree before models are merged: their tensors with the base's, their methods with each other."""
+"""What must agree where models are merged or compared: tensors, methods with each other, patterns with names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from math import isfinite
 
 import torch
@@ -54,3 +55,12 @@ def same_shapes(base: Tensors, tuned: Sequence[Tensors]) -> Mapping[str, tuple[t
 def plain(text: str) -> str:
     """One line without control characters: names come from files."""
     return "".join(c if c.isprintable() else " " for c in text)
+
+
+def matching(names: Iterable[str], full: Sequence[str]) -> list[str]:
+    """The names of tensors to store whole: those that a pattern matches. Raises BadInput for one that matches nothing."""
+    every = list(names)
+    for pattern in full:
+        if not any(fnmatchcase(name, pattern) for name in every):
+            raise BadInput(f"full {pattern!r} matches no tensor; names look like {', '.join(every[:3])}")
+    return [name for name in every if any(fnmatchcase(name, pattern) for pattern in full)]

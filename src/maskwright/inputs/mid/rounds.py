@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from maskwright.core.cache import write_atomic
 from maskwright.core.errors import BadInput
+from maskwright.core.maskset import base_hash
 from maskwright.core.select import generator
 from maskwright.inputs.apply import hide
 from maskwright.inputs.calling import name_of, naming
@@ -188,11 +188,7 @@ class Rounds:
 
     def _mark(self) -> str:
         """What tells the images of one run from those of another."""
-        digest = hashlib.sha256()
-        for images in (self.clean, self.noisy):
-            digest.update(f"{images.dtype} {tuple(images.shape)}".encode())
-            digest.update(images.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return base_hash({"clean": self.clean, "noisy": self.noisy})
 
 
 def _checked(name: str, images: Tensor) -> None:

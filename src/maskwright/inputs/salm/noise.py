@@ -16,7 +16,7 @@ from maskwright.core.errors import BadInput
 from maskwright.core.mask import Mask
 from maskwright.core.select import generator
 from maskwright.core.store import replacing
-from maskwright.inputs.calling import name_of, naming
+from maskwright.inputs.calling import name_of, naming, trying
 from maskwright.inputs.perturbation import Ball
 from maskwright.inputs.salm.released import Protected, noisy, unit
 
@@ -140,12 +140,9 @@ class Noise:
             raise BadInput(f"{self.name}() gives a {type(self.model).__name__}, a torch module is needed as the surrogate")
         if not any(each.requires_grad for each in self.model.parameters()):
             raise BadInput(f"{self.name}() gives a network without a parameter to train")
-        modes, first = {each: each.training for each in self.model.modules()}, torch.arange(1)
-        self.model.eval()
-        with torch.no_grad():
+        with trying(self.model):
+            first = torch.arange(1)
             self._loss(self._logits(unit(self.clean[first])), first, "sum")
-        for each, training in modes.items():
-            each.training = training
 
     def _view(self, x: Tensor, rng: torch.Generator) -> Tensor:
         if self.augment is not None:
