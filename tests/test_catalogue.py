@@ -123,6 +123,11 @@ def test_every_key_of_a_result_is_optional(tree):
     assert (row.verdict, row.twin_fails, row.seconds) == (None, None, None)
     row = room_row(card, put_result(tree, card, verdict="holds", twin_fails=True, seconds=61))
     assert (row.verdict_text, row.twin_text, row.seconds_text) == ("holds", "yes", "1 min 01 s")
+    clock = {"seconds": 61, "elapsed": 32.04, "jobs": 2}
+    assert room_row(card, put_result(tree, card, **clock)).seconds_text == "32.0 s, 2 seeds at a time"
+    assert room_row(card, put_result(tree, card, **{**clock, "jobs": 1})).seconds_text == "32.0 s"
+    odd = {"seconds": 61, "elapsed": True, "jobs": "two"}
+    assert room_row(card, put_result(tree, card, **odd)).seconds_text == "1 min 01 s"
 
 
 def test_a_result_of_other_code_is_stale(tree):

@@ -21,6 +21,7 @@ def check(
     every: Annotated[bool, typer.Option("--all", help="Every room that has a claim.")] = False,
     scale: Annotated[str, typer.Option(help="smoke (seconds, judges nothing) or full (minutes).")] = "full",
     seeds: Annotated[str, typer.Option(help="Seeds instead of the claim's, such as 0,1,2.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds to run side by side, each in a process of its own.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the reports as JSON.")] = False,
 ) -> None:
     """Run the method, its baselines and its broken twin over seeds, and judge every stated effect.
@@ -33,7 +34,7 @@ def check(
     from maskwright.lab.record import to_json
 
     cards = _cards(slugs or [], every)
-    asked = _scale(scale), _seeds(seeds)
+    asked = _scale(scale), _seeds(seeds), jobs
     out, err = Console(soft_wrap=as_json), Console(stderr=True, highlight=False)
     told: list[dict[str, Any]] = []
     bad = False
@@ -52,14 +53,14 @@ def check(
         raise typer.Exit(REFUTED)
 
 
-def _one(card: Card, scale: Scale, seeds: tuple[int, ...] | None, err: Any) -> Report | dict[str, Any]:
+def _one(card: Card, scale: Scale, seeds: tuple[int, ...] | None, jobs: int, err: Any) -> Report | dict[str, Any]:
     from maskwright.core.cache import cache_dir
     from maskwright.lab.measure import load_claim, run, write
     from maskwright.lab.sources import SourceMissing
 
     store = cache_dir() / "checks" if scale == "full" else None
     try:
-        report = run(card, load_claim(card), scale, seeds=seeds, store=store, progress=err.print)
+        report = run(card, load_claim(card), scale, seeds=seeds, store=store, jobs=jobs, progress=err.print)
     except SourceMissing as error:
         return {"slug": card.slug, "place": card.place, "verdict": "skipped", "reason": str(error)}
     path = write(report, store)
@@ -88,8 +89,10 @@ def _show(report: Report, out: Any) -> None:
     if report.scale == "smoke":
         twin = "not judged at smoke scale"
     out.print(f"twin ({report.claim.twin}): {twin}", highlight=False, markup=False)
-    took = sum(report.seconds.values())
-    line = f"{report.verdict} · {len(report.seeds)} seed(s), {len(report.claim.arms)} arms, {took:.1f} s"
+    took = f"{sum(report.seconds.values()):.1f} s"
+    if report.elapsed is not None and report.jobs > 1:
+        took += f", {report.elapsed:.1f} s by the clock with {report.jobs} seeds at a time"
+    line = f"{report.verdict} · {len(report.seeds)} seed(s), {len(report.claim.arms)} arms, {took}"
     out.print(line, highlight=False, markup=False)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,7 +31,8 @@ class Report:
     """A check that came to its end. `figures[arm][seed]` are the arms' figures, `seconds[arm]` the sum over seeds.
 
     `twin` holds the mechanism effects of the method with its broken twin in its seat, and `twin_fails` says whether
-    at least one of them does not hold.
+    at least one of them does not hold. `jobs` seeds ran side by side; `elapsed` is the clock's time from the first arm
+    to the last in seconds, None where something was read back.
     """
 
     card: Card
@@ -41,6 +43,8 @@ class Report:
     seconds: dict[str, float]
     effects: tuple[Outcome, ...]
     twin: tuple[Outcome, ...]
+    jobs: int = 1
+    elapsed: float | None = None
 
     @property
     def verdict(self) -> Word:
@@ -73,6 +77,8 @@ class Report:
             "scale": self.scale,
             "seeds": list(self.seeds),
             "seconds": round(sum(self.seconds.values()), 1),
+            "elapsed": None if self.elapsed is None else round(self.elapsed, 1),
+            "jobs": self.jobs,
             "method": self.claim.method,
             "twin": self.claim.twin,
             "effects": [_told(outcome) for outcome in self.effects],
@@ -82,7 +88,7 @@ class Report:
             "seconds_by_arm": {arm: round(value, 2) for arm, value in self.seconds.items()},
             "paper": self.claim.paper,
             "versions": record.versions(),
-            "machine": record.machine(),
+            "machine": record.machine(self.jobs),
             "code_hash": code_hash(self.card),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         }
@@ -119,37 +125,66 @@ def run(
     *,
     seeds: Sequence[int] | None = None,
     store: Path | None = None,
+    jobs: int = 1,
     progress: Progress = lambda line: None,
 ) -> Report:
     """Run all arms over seeds (default: the claim's; at smoke its first) and judge.
 
     With `store`, each (arm, seed) is saved there as it ends, under a hash of the code, the arm, the seed and the
-    scale: a check that was stopped goes on where it was. Raises ValueError for a claim whose parts do not fit.
+    scale: a check that was stopped goes on where it was. `jobs` above 1 runs so many seeds side by side, each in a
+    process of its own, which reads the room's claim anew. Raises ValueError for a claim whose parts do not fit.
     """
     _fits(claim)
     chosen = tuple(seeds) if seeds is not None else claim.seeds if scale == "full" else claim.seeds[:1]
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"seeds must be different and at least one, not {list(chosen)}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, not {jobs}")
     if scale == "full":
         prepare(claim, chosen, progress)
-    code = record.piece_hash(card)
-    figures: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in claim.arms}
-    seconds = dict.fromkeys(claim.arms, 0.0)
-    total, done = len(chosen) * len(claim.arms), 0
-    for seed in chosen:
-        for arm in claim.arms:
-            piece = store / card.slug / f"{arm}-{seed}-{scale}-{code}.json" if store is not None else None
-            found = _read(piece)
-            row, took = _arm(claim, arm, seed, scale) if found is None else found
-            if piece is not None and found is None:
-                write_atomic(piece, json.dumps({"figures": row, "seconds": took}).encode())
-            figures[arm][seed], done = row, done + 1
-            seconds[arm] += took
-            state = "read back" if found is not None else f"{took:.1f} s"
-            progress(f"{card.slug}: {done}/{total} {arm}, seed {seed}: {state}")
+    numbers, total = count(1), len(chosen) * len(claim.arms)
+    jobs, start = min(jobs, len(chosen)), time.perf_counter()
+
+    def say(line: str) -> None:
+        progress(f"{card.slug}: {next(numbers)}/{total} {line}")
+
+    if jobs == 1:
+        found = {seed: one_seed(card, claim, seed, scale, store, say) for seed in chosen}
+    else:
+        from maskwright.lab.parallel import seeds_apart
+
+        found = seeds_apart(card, chosen, scale, store, jobs, say)
+    elapsed = time.perf_counter() - start
+    figures = {arm: {seed: found[seed][arm].figures for seed in chosen} for arm in claim.arms}
+    seconds = {arm: sum(found[seed][arm].seconds for seed in chosen) for arm in claim.arms}
     rows = {arm: [figures[arm][seed] for seed in chosen] for arm in claim.arms}
     effects = tuple(judge(effect, rows[effect.better], rows[effect.worse]) for effect in claim.effects)
-    return Report(card, claim, scale, chosen, figures, seconds, effects, _twin(claim, rows))
+    whole = not any(piece.read_back for row in found.values() for piece in row.values())
+    return Report(
+        card, claim, scale, chosen, figures, seconds, effects, _twin(claim, rows), jobs, elapsed if whole else None
+    )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one arm gave for one seed, in how many seconds, and whether it was read back from an earlier run."""
+
+    figures: dict[str, float]
+    seconds: float
+    read_back: bool = False
+
+
+def one_seed(card: Card, claim: Claim, seed: int, scale: Scale, store: Path | None, say: Progress) -> dict[str, Piece]:
+    """Every arm for one seed, read back from `store` where it is there, else run now and saved."""
+    code, told = record.piece_hash(card), dict[str, Piece]()
+    for arm in claim.arms:
+        path = store / card.slug / f"{arm}-{seed}-{scale}-{code}.json" if store is not None else None
+        piece = _read(path) or _arm(claim, arm, seed, scale)
+        if path is not None and not piece.read_back:
+            write_atomic(path, json.dumps({"figures": piece.figures, "seconds": piece.seconds}).encode())
+        told[arm] = piece
+        say(f"{arm}, seed {seed}: {'read back' if piece.read_back else f'{piece.seconds:.1f} s'}")
+    return told
 
 
 def write(report: Report, store: Path | None = None) -> Path | None:
@@ -166,7 +201,7 @@ def write(report: Report, store: Path | None = None) -> Path | None:
     return path
 
 
-def _arm(claim: Claim, arm: str, seed: int, scale: str) -> tuple[dict[str, float], float]:
+def _arm(claim: Claim, arm: str, seed: int, scale: str) -> Piece:
     from maskwright.lab.models import seeded
 
     start = time.perf_counter()
@@ -176,15 +211,16 @@ def _arm(claim: Claim, arm: str, seed: int, scale: str) -> tuple[dict[str, float
     except Exception as error:
         error.add_note(f"in arm {arm!r}, seed {seed}, scale {scale}")
         raise
-    return row, time.perf_counter() - start
+    return Piece(row, time.perf_counter() - start)
 
 
-def _read(piece: Path | None) -> tuple[dict[str, float], float] | None:
-    if piece is None:
+def _read(path: Path | None) -> Piece | None:
+    if path is None:
         return None
     try:
-        told = json.loads(piece.read_text(encoding="utf-8"))
-        return {str(name): float(value) for name, value in told["figures"].items()}, float(told["seconds"])
+        told = json.loads(path.read_text(encoding="utf-8"))
+        figures = {str(name): float(value) for name, value in told["figures"].items()}
+        return Piece(figures, float(told["seconds"]), read_back=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, or not readable: run it again
 

@@ -78,8 +78,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, Any]:
-    """CPU model, cores, threads torch uses, instruction set, memory in GiB and system."""
+def threads(jobs: int = 1) -> int:
+    """Threads torch uses in each of so many processes side by side."""
+    import torch
+
+    return max(1, torch.get_num_threads() // jobs)
+
+
+def machine(jobs: int = 1) -> dict[str, Any]:
+    """CPU model, cores, threads torch uses in each of `jobs` processes, instruction set, memory in GiB and system."""
     import torch
 
     try:
@@ -91,7 +98,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads(jobs),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": memory,
         "system": f"{platform.system()} {platform.machine()}",

@@ -54,7 +54,11 @@ class Row:
 
     @property
     def seconds_text(self) -> str:
-        return "" if self.seconds is None else duration(self.seconds)
+        """How long the check took by the clock; where that was not told, its arms' times together."""
+        took, jobs = self.result.get("elapsed"), self.result.get("jobs")
+        if not isinstance(took, int | float) or isinstance(took, bool):
+            return "" if self.seconds is None else duration(self.seconds)
+        return duration(took) + (f", {jobs} seeds at a time" if isinstance(jobs, int) and jobs > 1 else "")
 
 
 @dataclass(frozen=True)
