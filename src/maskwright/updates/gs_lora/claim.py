@@ -19,9 +19,9 @@ from maskwright.lab.models import Vit
 from maskwright.lab.train import accuracy, train
 from maskwright.updates.gs_lora import GsLora, forget, harmonic, prototypes
 
-# A pilot on seed 0 showed where the lasso works here: at 0.01 no block was left alone, at 0.1 five of six were and the
-# classes stayed known (0.71 right). ALPHA lies between; nothing else was tuned.
-ALPHA, BETA, BOUND, LR = 3e-2, 0.15, 10.0, 1e-2
+# A pilot on seed 7 with 10 epochs: ALPHA 0 left no block alone (H 0.893), 0.01 44 % (0.884), 0.02 67 % (0.878), 0.03 72 %
+# (0.800). On MiniLM an LR of 0.01 cost the other classes 23 points more than 0.003 did. Nothing else was tuned.
+ALPHA, BETA, BOUND, LR, TEXT_LR = 1.5e-2, 0.15, 10.0, 1e-2, 3e-3
 GRID = (1e-3, 1e-2, 3e-2, 1e-1, 10.0)
 Rows = tuple[Tensor, Tensor]
 
@@ -36,6 +36,7 @@ class World:
     requests: tuple[tuple[int, ...], ...]
     epochs: int
     batch: int
+    lr: float = LR
 
 
 @cache
@@ -58,7 +59,7 @@ def _world(seed: int, full: bool) -> World:
     requests = tuple((*order[0][2 * t : 2 * t + 2], *(10 + c for c in order[1][2 * t : 2 * t + 2])) for t in range(3))
     if not full:
         requests = ((0, 1), (2, 3))
-    return World(model.eval(), (data.train_x[kept], data.train_y[kept]), data.test, requests, 4 if full else 1, 48)
+    return World(model.eval(), (data.train_x[kept], data.train_y[kept]), data.test, requests, 10 if full else 1, 48)
 
 
 def _of(rows: Rows, classes: set[int], shots: int | None = None) -> Rows:
@@ -88,7 +89,7 @@ def _requests(method: GsLora | None, seed: int, world: World, tasks_done: int | 
         if method is not None:
             remain = _batches(_of(world.train, rest), world.batch, seed)
             told = forget(
-                model, method, remain, _batches(_of(world.train, bad), world.batch, seed), epochs=world.epochs, lr=LR,
+                model, method, remain, _batches(_of(world.train, bad), world.batch, seed), epochs=world.epochs, lr=world.lr,
                 seed=100 * seed + number,
             )  # fmt: skip
             share = told.zero_share
@@ -99,22 +100,21 @@ def _requests(method: GsLora | None, seed: int, world: World, tasks_done: int | 
         gone |= bad
     figures = {name: sum(row[name] for row in found) / len(found) for name in found[0]}
     if tasks_done is None:
-        figures["recovered"] = _recovered(model, world, set(world.requests[-1]), mask=method is None)
+        figures["recovered"] = _recovered(model, world, set(world.requests[-1]), classes - gone)
     return figures
 
 
-def _recovered(model: nn.Module, world: World, bad: set[int], *, mask: bool, shots: int = 4, steps: int = 50) -> float:
-    """Accuracy on the classes of the last request after their head alone was trained on `shots` images a class.
-
-    mask: first their rows of the head are emptied, which is forgetting in the head and nowhere else.
+def _recovered(model: nn.Module, world: World, bad: set[int], rest: set[int], *, shots: int = 4, steps: int = 50) -> float:
+    """Accuracy on the classes of the last request after the head alone learned them again, from `shots` images of each
+    class, the remaining ones too. Their rows of the head are emptied first, so that only the features can tell: of the
+    untouched model this is forgetting in the head and nowhere else.
     """
     model = copy.deepcopy(model).eval()
     head = model.get_submodule("head")
-    if mask:
-        with torch.no_grad():
-            for label in bad:
-                head.weight[label], head.bias[label] = 0.0, -10.0  # type: ignore[index,operator]
-    x, y = _of(world.train, bad, shots)
+    with torch.no_grad():
+        for label in bad:
+            head.weight[label], head.bias[label] = 0.0, 0.0  # type: ignore[index,operator]
+    x, y = _of(world.train, bad | rest, shots)
     optimizer = torch.optim.Adam(head.parameters(), 1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -129,7 +129,7 @@ def _arm(method: GsLora | None):  # type: ignore[no-untyped-def]
 
 def _target(seed: int, scale: str) -> dict[str, float]:
     """The bars of the claim, as an arm to be beaten."""
-    return {"acc_f": 0.10, "zero_share": 1 / 3, "least_rise": -1e-6, "last_share": 0.999, "last_acc_f": 0.5}
+    return {"acc_f": 0.10, "zero_share": 1 / 3, "never_falls": 0.5, "last_share": 0.999, "last_acc_f": 0.5}
 
 
 def _grid(seed: int, scale: str) -> dict[str, float]:
@@ -140,8 +140,8 @@ def _grid(seed: int, scale: str) -> dict[str, float]:
     shares = [row["zero_share"] for row in rows]
     told = {f"zero_share_{alpha:g}": row["zero_share"] for alpha, row in zip(grid, rows, strict=True)}
     told |= {f"acc_f_{alpha:g}": row["acc_f"] for alpha, row in zip(grid, rows, strict=True)}
-    rise = min(b - a for a, b in pairwise(shares))
-    return told | {"least_rise": rise, "last_share": shares[-1], "last_acc_f": rows[-1]["acc_f"]}
+    never_falls = float(all(a <= b for a, b in pairwise(shares)))
+    return told | {"never_falls": never_falls, "last_share": shares[-1], "last_acc_f": rows[-1]["acc_f"]}
 
 
 def _few(plus: bool):  # type: ignore[no-untyped-def]
@@ -158,7 +158,7 @@ def _few(plus: bool):  # type: ignore[no-untyped-def]
         before = _right(model, _of(world.test, bad))
         centres = prototypes(model, [*few[0], *few[1]]) if plus else None
         method = GsLora(alpha=ALPHA, beta=0.3, bound=BOUND, **more)  # type: ignore[arg-type]
-        forget(model, method, *few, epochs=epochs, lr=LR, centres=centres, seed=seed)
+        forget(model, method, *few, epochs=epochs, lr=world.lr, centres=centres, seed=seed)
         acc_f, acc_r = _right(model, _of(world.test, bad)), _right(model, _of(world.test, rest))
         return {"acc_f": acc_f, "acc_r": acc_r, "h": harmonic(before - acc_f, acc_r)}
 
@@ -175,7 +175,7 @@ def _text(method: GsLora | None):  # type: ignore[no-untyped-def]
         model = minilm.fine_tuned("noun_class", seed)
         chosen = torch.randperm(len(task.labels), generator=generator(seed, "nouns"))[:4].tolist()
         rows = minilm.rows(task, "train", 1200), minilm.rows(task, "test")
-        return _requests(method, seed, World(model, *rows, (tuple(chosen),), 1, 16), 1)
+        return _requests(method, seed, World(model, *rows, (tuple(chosen),), 1, 16, TEXT_LR), 1)
 
     return run
 
@@ -202,7 +202,7 @@ CLAIM = Claim(
         Effect("keeps the other classes to 3 points", "gs_lora", "original", "acc_r", margin=-0.03),
         Effect("a third of the blocks is left alone", "gs_lora", "target", "zero_share"),
         Effect("the lasso costs at most 2 points of H", "gs_lora", "lora", "h", margin=-0.02),
-        Effect("more lasso, more blocks left alone", "grid", "target", "least_rise"),
+        Effect("more lasso, more blocks left alone", "grid", "target", "never_falls"),
         Effect("very much lasso leaves all blocks alone", "grid", "target", "last_share"),
         Effect("and then nothing is forgotten", "grid", "target", "last_acc_f"),
         Effect("harder to undo in the head than a masked head", "gs_lora", "original", "recovered", higher=False),
