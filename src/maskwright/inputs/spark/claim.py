@@ -174,5 +174,6 @@ CLAIM = Claim(
         Effect("the hierarchy helps tuning", METHOD, "coarsest_only", "accuracy", "quality"),
     ),
     paper="ImageNet, ConvNeXt-S tuned: SparK 84.1, zero-outing 83.2, no hierarchy 83.6, no pre-training 83.1 (from memory)",
-    seeds=(0, 1, 2), needs=(f"debian:{lab_images.FASHION_MNIST}",), trains=True,
+    # Seeds 0 to 2 left the tuning undecided; eight new ones, their number set from that spread before any was run.
+    seeds=(10, 11, 12, 13, 14, 15, 16, 17), needs=(f"debian:{lab_images.FASHION_MNIST}",), trains=True,
 )  # fmt: skip
