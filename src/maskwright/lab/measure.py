@@ -1,28 +1,25 @@
-"""Run a room's claim: every arm for every seed, each saved as it ends, then a verdict per effect and for the twin."""
+"""Run a room's claim: every arm for every seed, then a verdict per effect and for the twin."""
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
-from maskwright.core.cache import write_atomic
 from maskwright.core.method import Card, Claim
 from maskwright.lab import record
+from maskwright.lab.parallel import seeds_apart
+from maskwright.lab.pieces import Progress, Scale, load_claim, one_seed
 from maskwright.lab.sources import require
 from maskwright.lab.verdict import Outcome, Word, judge, verdict, worst
 
-__all__ = ["Report", "code_hash", "load_claim", "prepare", "run", "verdict", "write"]
+__all__ = ["Report", "Scale", "code_hash", "load_claim", "prepare", "run", "verdict", "write"]
 
-Scale = Literal["smoke", "full"]
-Progress = Callable[[str], None]
 code_hash = record.code_hash
 
 
@@ -94,13 +91,6 @@ class Report:
         }
 
 
-def load_claim(card: Card) -> Claim:
-    """CLAIM of `maskwright.<place>.<slug>.claim`. Raises LookupError for a room without one (baselines have none)."""
-    if not (card.path / "claim.py").is_file():
-        raise LookupError(f"{card.slug} has no claim{' (it is a baseline)' if card.baseline else ''}")
-    return cast(Claim, importlib.import_module(f"{card.module}.claim").CLAIM)
-
-
 def prepare(claim: Claim, seeds: Sequence[int], progress: Progress = lambda line: None) -> None:
     """Fetch and make what a full run needs, outside its time: `Claim.needs`, where `lab:NAME` is a lab model.
 
@@ -151,8 +141,6 @@ def run(
     if jobs == 1:
         found = {seed: one_seed(card, claim, seed, scale, store, say) for seed in chosen}
     else:
-        from maskwright.lab.parallel import seeds_apart
-
         found = seeds_apart(card, chosen, scale, store, jobs, say)
     elapsed = time.perf_counter() - start
     figures = {arm: {seed: found[seed][arm].figures for seed in chosen} for arm in claim.arms}
@@ -163,28 +151,6 @@ def run(
     return Report(
         card, claim, scale, chosen, figures, seconds, effects, _twin(claim, rows), jobs, elapsed if whole else None
     )
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one arm gave for one seed, in how many seconds, and whether it was read back from an earlier run."""
-
-    figures: dict[str, float]
-    seconds: float
-    read_back: bool = False
-
-
-def one_seed(card: Card, claim: Claim, seed: int, scale: Scale, store: Path | None, say: Progress) -> dict[str, Piece]:
-    """Every arm for one seed, read back from `store` where it is there, else run now and saved."""
-    code, told = record.piece_hash(card), dict[str, Piece]()
-    for arm in claim.arms:
-        path = store / card.slug / f"{arm}-{seed}-{scale}-{code}.json" if store is not None else None
-        piece = _read(path) or _arm(claim, arm, seed, scale)
-        if path is not None and not piece.read_back:
-            write_atomic(path, json.dumps({"figures": piece.figures, "seconds": piece.seconds}).encode())
-        told[arm] = piece
-        say(f"{arm}, seed {seed}: {'read back' if piece.read_back else f'{piece.seconds:.1f} s'}")
-    return told
 
 
 def write(report: Report, store: Path | None = None) -> Path | None:
@@ -199,30 +165,6 @@ def write(report: Report, store: Path | None = None) -> Path | None:
         for piece in (store / report.card.slug).glob("*-full-*.json"):
             piece.unlink(missing_ok=True)
     return path
-
-
-def _arm(claim: Claim, arm: str, seed: int, scale: str) -> Piece:
-    from maskwright.lab.models import seeded
-
-    start = time.perf_counter()
-    try:
-        with seeded(seed):  # an arm that forgets a generator is still the same from run to run
-            row = {name: float(value) for name, value in claim.arms[arm](seed, scale).items()}
-    except Exception as error:
-        error.add_note(f"in arm {arm!r}, seed {seed}, scale {scale}")
-        raise
-    return Piece(row, time.perf_counter() - start)
-
-
-def _read(path: Path | None) -> Piece | None:
-    if path is None:
-        return None
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        figures = {str(name): float(value) for name, value in told["figures"].items()}
-        return Piece(figures, float(told["seconds"]), read_back=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # not there, or not readable: run it again
 
 
 def _twin(claim: Claim, rows: dict[str, list[dict[str, float]]]) -> tuple[Outcome, ...]:

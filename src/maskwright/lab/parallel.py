@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maskwright.core.method import Card
 from maskwright.lab import record
-from maskwright.lab.measure import Piece, Progress, Scale, load_claim, one_seed
+from maskwright.lab.pieces import Piece, Progress, Scale, load_claim, one_seed
 
 _lines: list[SimpleQueue[str]] = []  # in a process of its own: where its lines go
 

@@ -55,8 +55,8 @@ class Row:
     @property
     def seconds_text(self) -> str:
         """How long the check took by the clock; where that was not told, its arms' times together."""
-        took, jobs = self.result.get("elapsed"), self.result.get("jobs")
-        if not isinstance(took, int | float) or isinstance(took, bool):
+        took, jobs = _number(self.result.get("elapsed")), self.result.get("jobs")
+        if took is None:
             return "" if self.seconds is None else duration(self.seconds)
         return duration(took) + (f", {jobs} seeds at a time" if isinstance(jobs, int) and jobs > 1 else "")
 
@@ -91,9 +91,13 @@ def room_row(card: Card, results: Path | None = None, code_hash: Callable[[Card]
         card,
         verdict if isinstance(verdict, str) else None,
         twin if isinstance(twin, bool) else None,
-        float(took) if isinstance(took, int | float) and not isinstance(took, bool) else None,
+        _number(took),
         result,
     )
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _code_hash() -> Callable[[Card], str]:
