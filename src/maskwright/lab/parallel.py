@@ -7,9 +7,11 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
+from maskwright.core.errors import BadInput
 from maskwright.core.method import Card
 from maskwright.lab import record
 from maskwright.lab.pieces import Piece, Progress, Scale, load_claim, one_seed
@@ -23,6 +25,7 @@ def seeds_apart(
     """`one_seed` for every seed, `jobs` of them at a time; each process takes its share of this one's threads.
 
     An arm that fails ends the check, as in one process: what had ended is in `store`. No process outlives the call.
+    Raises BadInput where the system ended a process, which is how it answers more memory than there is.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy a torch that already has threads
     lines: SimpleQueue[str] = context.SimpleQueue()
@@ -37,10 +40,14 @@ def seeds_apart(
                     say(lines.get())
                 for future in done:
                     future.result()
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise BadInput(
+                    f"{card.slug}: the system ended one of {jobs} processes, often for want of memory: try fewer --jobs"
+                ) from None
             raise
         return {seed: future.result() for seed, future in found.items()}
 
