@@ -41,9 +41,11 @@ def seeds_apart(
                 for future in done:
                     future.result()
         except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in found.values():
+                future.cancel()
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
+            pool.shutdown()  # waits until they have ended
             if isinstance(error, BrokenProcessPool):
                 raise BadInput(
                     f"{card.slug}: the system ended one of {jobs} processes, often for want of memory: try fewer --jobs"
