@@ -40,16 +40,13 @@ def seeds_apart(
                     say(lines.get())
                 for future in done:
                     future.result()
-        except BaseException as error:
-            for future in found.values():
-                future.cancel()
+        except BrokenProcessPool:  # the pool has ended the others by itself
+            raise BadInput(
+                f"{card.slug}: the system ended one of {jobs} processes, often for want of memory: try fewer --jobs"
+            ) from None
+        except BaseException:
             for child in set(multiprocessing.active_children()) - others:
-                child.terminate()
-            pool.shutdown()  # waits until they have ended
-            if isinstance(error, BrokenProcessPool):
-                raise BadInput(
-                    f"{card.slug}: the system ended one of {jobs} processes, often for want of memory: try fewer --jobs"
-                ) from None
+                child.terminate()  # breaks the pool, whose end waits for them and drops the seeds that wait
             raise
         return {seed: future.result() for seed, future in found.items()}
 
